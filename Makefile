@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+
+.PHONY: help setup demo test lint types clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## make .venv and install the project (done by the other targets, once)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, got " + sys.version.split()[0] + "; call make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)  ## the whole pipeline on the generated data, ending in pictures and a table
+	$(BIN)/python train.py stage=tokenizer
+	$(BIN)/python train.py stage=dvae
+	$(BIN)/python train.py stage=clip
+	$(BIN)/python train.py stage=transformer
+	$(BIN)/python -m dalle1.evaluation.report
+
+test: $(STAMP) lint types  ## lint, types and tests
+	$(BIN)/pytest
+
+lint: $(STAMP)  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## static types
+	$(BIN)/mypy
+
+clean:  ## remove .venv and caches, never data or runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

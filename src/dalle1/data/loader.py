@@ -1,0 +1,139 @@
+"""Batches for training, resumable at any batch, and batches for validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from dalle1.data.dataset import Batch, PairDataset, Sample, collate
+from dalle1.data.order import batch_indices, batches_per_epoch
+
+
+class ResumableLoader:
+    """Training batches in an order that depends on the seed alone and continues exactly where it stopped.
+
+    All of its state is the number of batches handed out since the start of training. That is counted here, in
+    the main process, so batches that workers have prepared but nobody has seen are simply prepared again. The
+    state is the same on all ranks. One pass over the loader ends at the end of the epoch; the next pass
+    continues from there. Do not iterate over it twice at the same time.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """Batches of `dataset` for device `rank` of `world_size`.
+
+        Args:
+            dataset: The samples.
+            batch_size: Samples per device and batch.
+            seed: Decides the order, >= 0.
+            rank: Number of this device, from 0.
+            world_size: Number of devices.
+            num_workers: Processes that decode; 0 decodes in this one.
+            pin_memory: Deliver in page-locked memory, for faster copies to a GPU.
+
+        Raises:
+            ValueError: If the data set is smaller than one global batch.
+        """
+        self._sampler = _RestOfEpoch(
+            seed=seed, n_samples=len(dataset), batch_size=batch_size, rank=rank, world_size=world_size
+        )
+        self.dataset = dataset
+        self._options = _options(num_workers, pin_memory)
+        self._loader = self._idle_loader()
+
+    def close(self) -> None:
+        """Stop the workers; another pass over the loader would start new ones.
+
+        Left to the garbage collector, each may take five seconds to stop.
+        """
+        self._loader = self._idle_loader()
+
+    def _idle_loader(self) -> DataLoader[Sample]:
+        return DataLoader(self.dataset, batch_sampler=self._sampler, **self._options)
+
+    def __len__(self) -> int:
+        """Batches per epoch, wherever in it the loader stands."""
+        return self._sampler.batches_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from here to the end of the epoch."""
+        for batch in self._loader:
+            # Before the yield: a checkpoint saved while this batch is in use must not repeat it.
+            self._sampler.n_batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches handed out and the settings that it holds for."""
+        return {"n_batches": self._sampler.n_batches, **self._sampler.order}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after the batches that `state` counts.
+
+        Raises: ValueError if it was saved with another seed, data set size, batch size or number of devices.
+        """
+        changes = [
+            f"{name} {state[name]}, not {now}" for name, now in self._sampler.order.items() if state[name] != now
+        ]
+        if changes:
+            raise ValueError(
+                f"the data order can only be resumed with the settings it was saved with: {'; '.join(changes)}; "
+                "restore them, or start a new run from the saved weights"
+            )
+        self._sampler.n_batches = state["n_batches"]
+
+
+class _RestOfEpoch:
+    """A batch sampler: each pass yields the sample ids from batch number `n_batches` to the end of its epoch."""
+
+    def __init__(self, *, seed: int, n_samples: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.n_batches = 0
+        self.batches_per_epoch = batches_per_epoch(n_samples, batch_size=batch_size, world_size=world_size)
+        # What has to stay the same for `n_batches` to mean the same samples, on all ranks.
+        self.order = {"seed": seed, "n_samples": n_samples, "batch_size": batch_size, "world_size": world_size}
+        self._rank = rank
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = self.n_batches // self.batches_per_epoch
+        for step in range(self.n_batches, (epoch + 1) * self.batches_per_epoch):
+            yield batch_indices(step=step, rank=self._rank, **self.order).tolist()
+
+
+def validation_loader(
+    dataset: PairDataset,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Sample]:
+    """Batches with every sample once and in order; the last one may be smaller, none is dropped.
+
+    Sample i goes to device i % `world_size`, so ranks may differ by one sample and thus by one batch.
+    """
+    mine = range(rank, len(dataset), world_size)
+    return DataLoader(dataset, sampler=mine, batch_size=batch_size, **_options(num_workers, pin_memory))
+
+
+def _options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
+    return {
+        "collate_fn": collate,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": pin_memory,
+        # Every pass draws a seed for its workers. Drawn from the global generator, as is the default, it would
+        # change the noise of a run that is resumed.
+        "generator": torch.Generator(),
+    }

@@ -1,0 +1,181 @@
+"""The demo's last step: `python -m dalle1.evaluation.report` samples held-out prompts, scores them, prints a table.
+
+Reads the stages' results under `runs/<name>`, writes `report.json` and two picture grids there. Accuracy is that
+of the shapes scorer on prompts whose colour-shape pair no training caption contained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+
+from dalle1.cli import errors_in_one_line
+from dalle1.data.shards import ShardIndex
+from dalle1.evaluation.pictures import save_picture, to_pixels
+from dalle1.evaluation.shapes_scorer import Score, score, summarize
+from dalle1.picture_grid import GridBlock, draw_grids
+from dalle1.pipeline import Pipeline, PromptResult
+from dalle1.sampling.filters import SamplingConfig
+from dalle1.sampling.progress import progress_bar
+
+STAGES = ("tokenizer", "dvae", "clip", "transformer")
+
+
+def make_report(
+    results_dir: Path, prompts: Sequence[str], *, candidates: int, sampling: SamplingConfig, seed: int
+) -> dict[str, Any]:
+    """Sample and score prompts with the models under `results_dir`; write the grids; return the report.
+
+    Raises: FileNotFoundError if a stage has not been trained.
+    """
+    started = time.monotonic()
+    summaries = {stage: _read_summary(results_dir / stage) for stage in STAGES}
+    last = Path("checkpoints") / "last.ckpt"
+    pipeline = Pipeline.from_checkpoints(
+        transformer=results_dir / "transformer" / last, dvae=results_dir / "dvae" / last, clip=results_dir / "clip" / last
+    )
+    with progress_bar() as on_progress:
+        results = pipeline(
+            prompts, candidates=candidates, seed=seed, sampling=sampling, batch_size=256, on_progress=on_progress
+        )
+    scores = [_score_candidates(result) for result in results]
+    grids = _draw(results, scores, results_dir / "report")
+    seconds = {stage: summary["wall_seconds"] for stage, summary in summaries.items()}
+    seconds["sampling and scoring"] = round(time.monotonic() - started, 1)
+    single = summarize([item for items in scores for item in items])
+    best = summarize([items[0] for items in scores])
+    return {
+        "wall_seconds": round(sum(seconds.values()), 1),
+        "wall_seconds_by_stage": seconds,
+        "psnr_db": summaries["dvae"]["psnr_db"],
+        "codes_used_share": summaries["dvae"]["codes_used_share"],
+        "text_nats_per_token": summaries["transformer"]["text_nats_per_token"],
+        "image_nats_per_token": summaries["transformer"]["image_nats_per_token"],
+        "n_prompts": len(prompts),
+        "prompt_accuracy_single": single["prompt"],
+        f"prompt_accuracy_best_of_{candidates}": best["prompt"],
+        "accuracy_single": single,
+        f"accuracy_best_of_{candidates}": best,
+        "accuracy_best_of_by_kind": _by_kind(prompts, [items[0] for items in scores]),
+        "sampling": {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p},
+        "grids": [str(grid) for grid in grids],
+    }
+
+
+def held_out_prompts(shards: str, count: int) -> list[str]:
+    """The first `count` different captions of the test split.
+
+    Raises: ValueError if there are fewer; FileNotFoundError if there are no shards.
+    """
+    captions = list(dict.fromkeys(ShardIndex(shards).captions()))
+    if len(captions) < count:
+        raise ValueError(f"need {count} different test captions, got {len(captions)} in '{shards}'; make more")
+    return captions[:count]
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as the table that the demo ends with."""
+    best_key = next(name for name in report if name.startswith("prompt_accuracy_best_of_"))
+    best_name = best_key.removeprefix("prompt_accuracy_").replace("_", " ")
+    rows = [(f"{stage}, wall time", _minutes(seconds)) for stage, seconds in report["wall_seconds_by_stage"].items()]
+    rows += [
+        ("all of it, wall time", _minutes(report["wall_seconds"])),
+        ("dVAE reconstructions", f"{report['psnr_db']:.1f} dB"),
+        ("dVAE codes in use", f"{report['codes_used_share']:.0%}"),
+        ("text", f"{report['text_nats_per_token']:.3f} nats/token"),
+        ("image", f"{report['image_nats_per_token']:.3f} nats/token"),
+    ]
+    single, best = report["accuracy_single"], report[best_key.removeprefix("prompt_")]
+    accuracy = [(name, f"{single[name]:.1%}", f"{best[name]:.1%}") for name in single]
+    accuracy[0] = ("whole prompt", *accuracy[0][1:])
+    head = (f"{report['n_prompts']} held-out prompts right", "one sample", f"{best_name} by CLIP")
+    return f"{tabulate(rows)}\n{tabulate(accuracy, headers=head)}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+
+
+def _read_summary(directory: Path) -> dict[str, Any]:
+    path = directory / "summary.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no '{path}'; run 'python train.py stage={directory.name}' to its end first")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _score_candidates(result: PromptResult) -> list[Score]:
+    """Score of each candidate, best-ranked first."""
+    return [score(picture, result.prompt) for picture in to_pixels(result.images)]
+
+
+def _by_kind(prompts: Sequence[str], scores: Sequence[Score]) -> dict[str, float]:
+    """Whole-prompt accuracy of prompts with one object, with a relation, and with a count."""
+    kinds: dict[str, list[bool]] = {}
+    for prompt, item in zip(prompts, scores, strict=True):
+        kind = "pair" if "relation" in item.attributes else "count" if len(item.objects_right) > 1 else "single"
+        kinds.setdefault(kind, []).append(item.right)
+    return {kind: float(np.mean(values)) for kind, values in sorted(kinds.items())}
+
+
+def _draw(results: Sequence[PromptResult], scores: Sequence[Sequence[Score]], directory: Path) -> list[Path]:
+    """Two grids: all candidates of the first prompts, and the best candidate of many."""
+    from PIL import Image
+
+    candidates = [
+        GridBlock(
+            title=result.prompt,
+            pictures=[Image.fromarray(picture) for picture in to_pixels(result.images)],
+            captions=[f"{value:.3f} {'right' if item.right else 'wrong'}" for value, item in zip(result.scores or [], items, strict=True)],
+        )
+        for result, items in list(zip(results, scores, strict=True))[:4]
+    ]
+    best = GridBlock(
+        title=f"Best of {len(results[0].images)} by CLIP for held-out prompts",
+        pictures=[Image.fromarray(to_pixels(result.images[:1])[0]) for result in results[:48]],
+        captions=[f"{number}. {'right' if items[0].right else 'wrong'}" for number, items in enumerate(scores[:48], 1)],
+    )
+    paths = [directory / "candidates.png", directory / "best.png"]
+    for path, blocks in zip(paths, (candidates, [best]), strict=True):
+        save_picture(draw_grids(blocks)[0], path)
+    prompts = "".join(f"{number}. {result.prompt}\n" for number, result in enumerate(results[:48], 1))
+    (directory / "best.txt").write_text(prompts, encoding="utf-8")
+    return paths
+
+
+@errors_in_one_line()
+def main() -> None:
+    """Command line of the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("runs/shapes"), help="directory with the stages' results")
+    parser.add_argument("--shards", default="data/shapes/test-*.tar", help="captions to use as prompts")
+    parser.add_argument("--prompts", type=int, default=256, help="how many of them")
+    parser.add_argument("--candidates", type=int, default=16, help="samples per prompt")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of sampling")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    report = make_report(
+        options.results,
+        held_out_prompts(options.shards, options.prompts),
+        candidates=options.candidates,
+        sampling=SamplingConfig(temperature=options.temperature),
+        seed=options.seed,
+    )
+    path = options.results / "report.json"
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(format_report(report))
+    print("\n".join(f"pictures: {grid}" for grid in report["grids"]))
+    print(f"numbers:  {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Writes one run of sampling to a directory: every picture, captioned grids, and a manifest of what made them.
+
+All files appear at once: they are written beside the directory and renamed, so a reader never sees half a run.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from dalle1.picture_grid import GridBlock, draw_grids
+from dalle1.pipeline import PromptResult
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenRun:
+    """Where a run's files are, and what it gave."""
+
+    grids: list[Path]
+    manifest: Path
+    n_pictures: int
+    best_score: float | None  # None without CLIP
+
+    def __str__(self) -> str:
+        lines = [f"{self.n_pictures} pictures"]
+        if self.best_score is not None:
+            lines[0] += f", best score {self.best_score:.3f}"
+        return "\n".join([*lines, *(f"grid:     {grid}" for grid in self.grids), f"manifest: {self.manifest}"])
+
+
+def default_directory(parent: str | Path, prompts: Sequence[str]) -> Path:
+    """A directory that does not exist yet, named after the prompt (or how many there are) and the time."""
+    name = slug(prompts[0]) if len(prompts) == 1 else f"{len(prompts)}-prompts"
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    path, number = Path(parent) / stem, 2
+    while path.exists():
+        path, number = Path(parent) / f"{stem}-{number}", number + 1
+    return path
+
+
+def check_directory(directory: str | Path) -> Path:
+    """`directory` as a path, if a run may be written there.
+
+    Raises: FileExistsError if it exists, unless it is an empty directory.
+    """
+    path = Path(directory)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"out must not exist yet or be an empty directory, got '{path}'; choose another one")
+    return path
+
+
+def write_run(
+    results: Sequence[PromptResult],
+    directory: str | Path,
+    *,
+    settings: Mapping[str, Any],
+    checkpoints: Mapping[str, Mapping[str, Any]],
+) -> WrittenRun:
+    """Write pictures, grids and manifest into a new directory.
+
+    Args:
+        results: What the pipeline gave.
+        directory: Where to; parents are made.
+        settings: Of the run, in plain types, for the manifest.
+        checkpoints: Hashes of the weights, for the manifest and every picture (`Pipeline.checkpoints`).
+
+    Raises:
+        FileExistsError: As `check_directory`.
+    """
+    directory = check_directory(directory)
+    # Resolved, because "." cannot be replaced by its relative name.
+    target = directory.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{uuid4().hex[:8]}.partial"
+    partial.mkdir()
+    try:
+        prompts = [_write_pictures(number, result, partial, checkpoints) for number, result in enumerate(results, 1)]
+        grids = _write_grids(results, partial)
+        content = {
+            "format_version": MANIFEST_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": _versions(),
+            "settings": settings,
+            "checkpoints": checkpoints,
+            "grids": grids,
+            "prompts": prompts,
+        }
+        manifest = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (partial / MANIFEST_NAME).write_text(manifest, encoding="utf-8")
+        check_directory(target)
+        partial.replace(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return WrittenRun(
+        grids=[directory / grid for grid in grids],
+        manifest=directory / MANIFEST_NAME,
+        n_pictures=sum(len(result.seeds) for result in results),
+        best_score=max((score for result in results for score in result.scores or ()), default=None),
+    )
+
+
+def _write_pictures(
+    number: int, result: PromptResult, directory: Path, checkpoints: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """One prompt's entry in the manifest."""
+    entries = []
+    for rank, (image, seed) in enumerate(zip(result.images, result.seeds, strict=True), start=1):
+        name = f"{number:04d}-{slug(result.prompt)}-{rank:03d}.png"
+        score = result.scores[rank - 1] if result.scores else None
+        _to_picture(image).save(directory / name, pnginfo=_png_text(result.prompt, seed, score, checkpoints))
+        entries.append({"file": name, "seed": seed, "score": score})
+    return {"prompt": result.prompt, "pictures": entries}
+
+
+def _write_grids(results: Sequence[PromptResult], directory: Path) -> list[str]:
+    """Names of the pages with all pictures: `grid.png`, or numbered if one page is not enough."""
+    pages = draw_grids(
+        [
+            GridBlock(
+                title=result.prompt,
+                pictures=[_to_picture(image) for image in result.images],
+                captions=[f"{score:.3f}" for score in result.scores or ()],
+            )
+            for result in results
+        ]
+    )
+    names = ["grid.png"] if len(pages) == 1 else [f"grid-{number:03d}.png" for number in range(1, len(pages) + 1)]
+    for name, page in zip(names, pages, strict=True):
+        page.save(directory / name)
+    return names
+
+
+def slug(text: str, *, length: int = 40) -> str:
+    """A short name for files, of a-z, 0-9 and dashes; `prompt` if nothing of the text can be spelled so."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:length].rstrip("-") or "prompt"
+
+
+def _to_picture(image: Float[Tensor, "3 h w"]) -> Image.Image:
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _png_text(prompt: str, seed: int, score: float | None, checkpoints: Mapping[str, Mapping[str, Any]]) -> PngInfo:
+    """Text that travels inside a picture's file."""
+    info = PngInfo()
+    info.add_itxt("prompt", prompt)
+    info.add_text("seed", str(seed))
+    if score is not None:
+        info.add_text("score", f"{score:.6f}")
+    for part, facts in checkpoints.items():
+        info.add_text(f"{part}_sha256", facts["sha256"])
+    return info
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = metadata.version("dalle1")
+    except metadata.PackageNotFoundError:
+        own = "not installed"
+    return {"dalle1": own, "torch": torch.__version__, "python": platform.python_version()}

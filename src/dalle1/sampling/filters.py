@@ -1,0 +1,72 @@
+"""Which codes stay possible at a sampling step, and how sharp their distribution is; pure functions of logits.
+
+Shapes: b sequences, v image vocabulary. A code that is ruled out has the logit -inf.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dalle1.models.options import check_field_types
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How codes are drawn. The defaults sample from the model's own distribution, as the paper does."""
+
+    temperature: float = 1.0  # below 1: safer pictures, above 1: more varied ones
+    top_k: int = 0  # codes that stay possible at each position; 0 means all
+    top_p: float = 1.0  # probability that the codes left possible must reach together; 1 means all
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"SamplingConfig.temperature must be a finite number > 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"SamplingConfig.top_k must be >= 0 (0 means all codes), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"SamplingConfig.top_p must be in (0, 1] (1 means all codes), got {self.top_p}")
+
+
+DEFAULT_SAMPLING = SamplingConfig()
+
+
+def filter_logits(logits: Float[Tensor, "b v"], config: SamplingConfig) -> Float[Tensor, "b v"]:
+    """Temperature, then top-k, then top-p, each on what the one before left."""
+    return keep_top_p(keep_top_k(apply_temperature(logits, config.temperature), config.top_k), config.top_p)
+
+
+def apply_temperature(logits: Float[Tensor, "b v"], temperature: float) -> Float[Tensor, "b v"]:
+    """Logits divided by the temperature; the largest of a row becomes 0, so no temperature is too low."""
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+
+
+def keep_top_k(logits: Float[Tensor, "b v"], top_k: int) -> Float[Tensor, "b v"]:
+    """Exactly the `top_k` largest logits of each row, the lower code first among equals; all of them for 0."""
+    if not 0 < top_k < logits.shape[-1]:
+        return logits
+    smallest = logits.topk(top_k).values[:, -1:]
+    above, tied = logits > smallest, logits == smallest
+    room = top_k - above.sum(dim=-1, keepdim=True)
+    return _keep(logits, above | (tied & (tied.cumsum(dim=-1) <= room)))
+
+
+def keep_top_p(logits: Float[Tensor, "b v"], top_p: float) -> Float[Tensor, "b v"]:
+    """The fewest most likely codes of each row whose probability together is >= `top_p`; all of them for 1.
+
+    Among equals the lower code comes first; the most likely code always stays.
+    """
+    if top_p == 1:
+        return logits
+    ordered, codes = logits.sort(dim=-1, descending=True, stable=True)
+    cumulative = ordered.softmax(dim=-1).cumsum(dim=-1)
+    needed = F.pad(cumulative[:, :-1], (1, 0)) < top_p  # a code is needed if those before it do not reach top_p
+    return _keep(logits, torch.zeros_like(needed).scatter(-1, codes, needed))
+
+
+def _keep(logits: Float[Tensor, "b v"], kept: Bool[Tensor, "b v"]) -> Float[Tensor, "b v"]:
+    return logits.masked_fill(~kept, -math.inf)

@@ -1,0 +1,1 @@
+"""Text to tokens (`text`) and pictures to tokens (`image`)."""

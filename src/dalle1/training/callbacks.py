@@ -1,0 +1,125 @@
+"""What a run shows and keeps while it trains: a bar over the whole run, pictures at validation, its last state."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from tqdm import tqdm
+
+from dalle1.data.dataset import collate
+from dalle1.evaluation.pictures import save_picture
+from dalle1.training.stage_module import StageModule
+
+
+class RunProgress(ProgressBar):
+    """One bar from the first to the last update: pictures per second, loss, time left.
+
+    Where output is no terminal, a line every half minute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: tqdm[Any] | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Lightning's way to silence all ranks but the first."""
+        self._enabled = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar where training starts or resumes."""
+        self._bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            desc=type(pl_module).__name__.removesuffix("Module").lower(),
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            disable=not self._enabled,
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on by the updates made."""
+        if self._bar is None:
+            return
+        self._bar.update(trainer.global_step - self._bar.n)
+        rate = self._bar.format_dict["rate"]
+        # Reading the loss waits for a GPU: only when the bar is about to be drawn.
+        if rate and self._bar.n - self._bar.last_print_n == 0:
+            pictures = rate * len(batch["image"]) * trainer.world_size
+            loss = trainer.callback_metrics.get("train/loss", torch.nan)
+            self._bar.set_postfix_str(f"{pictures:.0f} pictures/s, loss {float(loss):.4f}", refresh=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class ValidationPictures(pl.Callback):
+    """At every validation a picture of what the network does with the first validation samples."""
+
+    def __init__(self, directory: str, n_samples: int = 8) -> None:
+        """Write `step<step>.png` into `directory`, drawn by the module's `draw_samples` from `n_samples` samples."""
+        self.directory = Path(directory)
+        self.n_samples = n_samples
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw with the averaged weights, which are still in place."""
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, StageModule), "every stage of ours is one"
+        loader = trainer.val_dataloaders
+        assert loader is not None, "validation is running, so there is a loader"
+        count = min(self.n_samples, len(loader.dataset))
+        batch = collate([loader.dataset[i] for i in range(count)])
+        picture = pl_module.draw_samples(batch)
+        if picture is not None:
+            save_picture(picture, self.directory / f"step{trainer.global_step:07d}.png")
+
+
+class LastCheckpoint(pl.Callback):
+    """Saves `last.ckpt` every so many updates; the file is always whole."""
+
+    def __init__(self, directory: str, every_n_steps: int) -> None:
+        """Save into `directory` every `every_n_steps` updates, >= 1.
+
+        Raises: ValueError if `every_n_steps` is below 1.
+        """
+        if every_n_steps < 1:
+            raise ValueError(f"callbacks.checkpoint.every_n_steps must be >= 1, got {every_n_steps}")
+        self.path = Path(directory) / "last.ckpt"
+        self.every_n_steps = every_n_steps
+        self._last_saved = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time."""
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 and step != self._last_saved:
+            self._last_saved = step
+            trainer.save_checkpoint(self.path)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, syncs it and renames it, so that a crash never damages the last one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)

@@ -1,0 +1,245 @@
+"""One stage of training from its configuration: what `train.py stage=...` does.
+
+Every stage reads the results of earlier ones in `results_dir` and writes its own into `run_dir`:
+`checkpoints/last.ckpt` (the tokenizer stage: `tokenizer.json`), `summary.json`, `config.yaml`, logs and pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from dalle1.checkpoint import RECORD_KEY, load_image_tokenizer, make_record, read_checkpoint
+from dalle1.data.datamodule import DataConfig, PairDataModule
+from dalle1.evaluation.pictures import save_curves
+from dalle1.models.clip import CLIP, CLIPConfig
+from dalle1.models.dvae import DVAE, DVAEConfig
+from dalle1.models.transformer import DalleTransformer, TransformerConfig
+from dalle1.tokenizers.image import ImageTokenizer
+from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
+from dalle1.training.callbacks import AtomicCheckpointIO
+from dalle1.training.clip_module import CLIPModule
+from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
+from dalle1.training.optim import OptimConfig
+from dalle1.training.stage_module import StageModule
+from dalle1.training.transformer_module import TransformerModule, TransformerOptimConfig
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+TOKENIZER = Path("tokenizer.json")
+SUMMARY = Path("summary.json")
+T = TypeVar("T")
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Train the stage that `cfg` describes, or continue it, and return its summary.
+
+    Raises: ValueError, TypeError or FileNotFoundError, each in one sentence, for anything that a user can cause.
+    """
+    stage = str(cfg.stage.name)
+    started = time.monotonic()
+    run_dir = Path(cfg.run_dir)
+    data = PairDataModule(build(cfg, "data", DataConfig))
+    data.prepare_data()
+    pl.seed_everything(cfg.seed, verbose=False)
+    earlier = _read_json(run_dir / SUMMARY)
+    if stage == "tokenizer":
+        metrics = _train_tokenizer(cfg, data, run_dir)
+    else:
+        metrics = _train_network(cfg, data, _MODULES[stage](cfg), run_dir)
+    if metrics is None:
+        logger.info("'%s' is complete; nothing to do", os.path.relpath(run_dir))
+        return earlier
+    seconds = earlier.get("wall_seconds", 0.0) + time.monotonic() - started
+    summary = {"stage": stage, "wall_seconds": round(seconds, 1), **metrics}
+    _write_json(run_dir / SUMMARY, summary)
+    return summary
+
+
+def build(cfg: DictConfig, group: str, expected: type[T]) -> T:
+    """The object that one group of the configuration describes.
+
+    Raises: ValueError if the group is missing or describes something else than the stage needs.
+    """
+    node = cfg.get(group)
+    built = instantiate(node, _convert_="all") if node else None
+    if not isinstance(built, expected):
+        got = f"a {type(built).__name__}" if built is not None else "none"
+        raise ValueError(
+            f"stage={cfg.stage.name} needs a {expected.__name__}, got {got}; "
+            f"choose {group}={cfg.stage.name}_... (train.py stage={cfg.stage.name} --help lists them)"
+        )
+    return built
+
+
+def _train_tokenizer(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> dict[str, Any] | None:
+    """Train the BPE and return what it gave; None if an earlier run did."""
+    config = build(cfg, "model", TextTokenizerConfig)
+    path = run_dir / TOKENIZER
+    if path.exists():
+        made = load_text_tokenizer(path).config
+        if made != config:
+            raise ValueError(f"'{path}' was trained as {made}, not {config}; delete it or choose another name=")
+        return None
+    captions = tqdm(data.train_captions(), desc="reading captions", unit="caption", disable=None)
+    tokenizer = TextTokenizer.train(captions, config)
+    _write_json(path, tokenizer.to_dict())
+    return {"entries": tokenizer.n_entries, "sha256": tokenizer.sha256}
+
+
+def load_text_tokenizer(path: Path) -> TextTokenizer:
+    """The tokenizer that stage=tokenizer wrote.
+
+    Raises: FileNotFoundError if there is none; ValueError if the file is something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no text tokenizer at '{path}'; run 'python train.py stage=tokenizer' first")
+    try:
+        return TextTokenizer.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise ValueError(f"'{path}' is not a text tokenizer of stage=tokenizer ({error})") from error
+
+
+def _dvae_module(cfg: DictConfig) -> DVAEModule:
+    model, optim = build(cfg, "model", DVAEConfig), build(cfg, "optim", DVAEOptimConfig)
+    return DVAEModule(DVAE(model), optim, seed=cfg.seed)
+
+
+def _clip_module(cfg: DictConfig) -> CLIPModule:
+    model, optim = build(cfg, "model", CLIPConfig), build(cfg, "optim", OptimConfig)
+    tokenizer = load_text_tokenizer(Path(cfg.text_tokenizer))
+    check_sizes("CLIP", model, text_vocab_size=tokenizer.vocab_size, text_seq_len=tokenizer.seq_len)
+    return CLIPModule(CLIP(model), optim, seed=cfg.seed, text_tokenizer=tokenizer)
+
+
+def _transformer_module(cfg: DictConfig) -> TransformerModule:
+    model, optim = build(cfg, "model", TransformerConfig), build(cfg, "optim", TransformerOptimConfig)
+    text_tokenizer = load_text_tokenizer(Path(cfg.text_tokenizer))
+    image_tokenizer = _load_dvae(Path(cfg.dvae))
+    grid = image_tokenizer.grid_size(cfg.data.image_size)
+    check_sizes(
+        "transformer",
+        model,
+        text_vocab_size=text_tokenizer.vocab_size,
+        text_seq_len=text_tokenizer.seq_len,
+        image_vocab_size=image_tokenizer.vocab_size,
+        grid_height=grid,
+        grid_width=grid,
+    )
+    return TransformerModule(
+        DalleTransformer(model), optim, seed=cfg.seed, image_tokenizer=image_tokenizer, text_tokenizer=text_tokenizer
+    )
+
+
+_MODULES: dict[str, Callable[[DictConfig], StageModule]] = {
+    "dvae": _dvae_module,
+    "clip": _clip_module,
+    "transformer": _transformer_module,
+}
+
+
+def check_sizes(name: str, config: object, **needed: int) -> None:
+    """Raise ValueError unless a model's sizes are those that its tokenizers and its data need."""
+    for field, value in needed.items():
+        if getattr(config, field) != value:
+            raise ValueError(
+                f"the {name}'s {field} must be {value}, as its tokenizers and data have it, "
+                f"got {getattr(config, field)}; set model.{field}={value}"
+            )
+
+
+def _load_dvae(path: Path) -> ImageTokenizer:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"stage=transformer needs a trained dVAE, there is none at '{path}'; "
+            "run 'python train.py stage=dvae' first, or give dvae=PATH"
+        )
+    return load_image_tokenizer(path)
+
+
+def _train_network(
+    cfg: DictConfig, data: PairDataModule, module: StageModule, run_dir: Path
+) -> dict[str, Any] | None:
+    """Train to the last step and return the validation metrics; None if an earlier run did."""
+    if module.text_tokenizer is not None:
+        data.encode_text = partial(module.text_tokenizer.encode, truncate=cfg.truncate_captions)
+    checkpoint = run_dir / CHECKPOINT
+    if checkpoint.exists():
+        step = _check_same_run(checkpoint, module)
+        if step >= module.optim.max_steps and (run_dir / SUMMARY).exists():
+            return None
+        logger.info("continuing '%s' from step %d", os.path.relpath(run_dir), step)
+    # All input is checked before the first file is written.
+    data.setup("fit")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    trainer = _build_trainer(cfg, module, run_dir)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    trainer.save_checkpoint(checkpoint)
+    metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+    if trainer.is_global_zero:
+        save_curves(sorted(run_dir.glob("logs/*/metrics.csv")), run_dir / "curves.png")
+    return {"step": trainer.global_step, **{name.replace("val/", ""): value for name, value in metrics.items()}}
+
+
+def _check_same_run(checkpoint: Path, module: StageModule) -> int:
+    """Step of an earlier run's checkpoint. Raises: ValueError if this run would train something else."""
+    content = read_checkpoint(checkpoint)
+    saved, wanted = content[RECORD_KEY], make_record(
+        module.model, text_tokenizer=module.text_tokenizer, dvae_sha256=module.dvae_sha256
+    )
+    changed = [name for name in wanted if saved.get(name) != wanted[name]]
+    if changed:
+        raise ValueError(
+            f"'{checkpoint}' was trained with another {' and another '.join(changed)}; "
+            "delete that run, or choose another name="
+        )
+    return int(content["global_step"])
+
+
+def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Trainer:
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # Decoding in the training process is a choice of the configuration, not an oversight.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    return pl.Trainer(
+        **instantiate(cfg.trainer, _convert_="all"),
+        max_steps=module.optim.max_steps,
+        max_epochs=-1,
+        # Steps, not epochs, count: data sets may be small or endless.
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=list(instantiate(cfg.logger, _convert_="all").values()),
+        callbacks=list(instantiate(cfg.callbacks, _convert_="all").values()),
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,
+        default_root_dir=run_dir,
+        enable_model_summary=False,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is either whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,89 @@
+"""What the training of every network has in common: optimizer, clipping, logging, the checkpoint's record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from dalle1.checkpoint import RECORD_KEY, make_record
+from dalle1.data.dataset import Batch
+from dalle1.models.clip import CLIP
+from dalle1.models.dvae import DVAE
+from dalle1.models.transformer import DalleTransformer
+from dalle1.tokenizers.text import TextTokenizer
+from dalle1.training.optim import OptimConfig, build_optimizer
+
+
+class StageModule(pl.LightningModule):
+    """Trains one network, `model`; subclasses add the loss and the metrics."""
+
+    def __init__(
+        self,
+        model: DVAE | CLIP | DalleTransformer,
+        optim: OptimConfig,
+        *,
+        seed: int,
+        text_tokenizer: TextTokenizer | None = None,
+        dvae_sha256: str | None = None,
+    ) -> None:
+        """Train `model`.
+
+        Args:
+            model: The network, already initialised.
+            optim: Numbers of the optimizer.
+            seed: Decides all randomness of the training steps.
+            text_tokenizer: Made the text tokens; travels in the checkpoint.
+            dvae_sha256: Hash of the dVAE whose image tokens are learned; travels in the checkpoint.
+        """
+        super().__init__()
+        self.model = model
+        self.optim = optim
+        self.seed = seed
+        self.text_tokenizer = text_tokenizer
+        self.dvae_sha256 = dvae_sha256
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW and a learning rate that changes every update."""
+        optimizer = build_optimizer(self.model, self.optim)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Clip the norm of the whole gradient as the optimizer config says, and log it."""
+        limit = self.optim.grad_clip_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.log("train/grad_norm", norm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the record that rebuilds the network."""
+        checkpoint[RECORD_KEY] = make_record(
+            self.model, text_tokenizer=self.text_tokenizer, dvae_sha256=self.dvae_sha256
+        )
+
+    def draw_samples(self, batch: Batch) -> Image.Image | None:
+        """A picture of what the network does with validation samples; None if there is nothing to look at."""
+        return None
+
+    def step_generator(self) -> torch.Generator:
+        """Randomness of this update on this rank: a function of the seed and the step, so resuming needs no state."""
+        generator = torch.Generator(self.device)
+        # Distinct streams for any realistic number of ranks and updates.
+        generator.manual_seed((self.seed << 44) + (self.global_rank << 32) + self.global_step)
+        return generator
+
+    def log_means(self, split: str, values: dict[str, Tensor | float], batch_size: int) -> None:
+        """Log values as `split/name`: means over the set and over ranks in validation, of one batch in training."""
+        for name, value in values.items():
+            self.log(
+                f"{split}/{name}",
+                value,
+                batch_size=batch_size,
+                on_step=split == "train",
+                on_epoch=split != "train",
+                sync_dist=split != "train",
+            )

@@ -1,0 +1,127 @@
+"""Stage 2: the transformer learns the joint distribution of captions and image tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle1.data.dataset import Batch
+from dalle1.evaluation.pictures import image_grid
+from dalle1.losses import masked_mean, token_nats
+from dalle1.models.transformer import DalleTransformer
+from dalle1.sampling.generate import generate
+from dalle1.tokenizers.image import ImageTokenizer
+from dalle1.tokenizers.text import TextTokenizer
+from dalle1.training.optim import OptimConfig
+from dalle1.training.stage_module import StageModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerOptimConfig(OptimConfig):
+    """How a transformer is trained."""
+
+    text_weight: float = 1 / 8  # of the text loss; image tokens weigh 1 - text_weight (paper, sec. 2.2)
+    # Whether predicting the padding after a caption counts in the text loss; the paper does not say. Nats per
+    # text token are always reported over real tokens and the first padding token, which ends the caption.
+    pads_in_text_loss: bool = True
+    # Start the image embedding and the image head from the dVAE's code vectors, so that codes that look alike
+    # begin alike; false is the paper.
+    start_from_codebook: bool = False
+    # Keep the image tokens of every training picture in memory after its first use.
+    cache_image_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        super(TransformerOptimConfig, self).__post_init__()
+        if not 0 <= self.text_weight <= 1:
+            raise ValueError(f"optim.text_weight must be in [0, 1], got {self.text_weight}")
+
+
+class TransformerModule(StageModule):
+    """Trains a `DalleTransformer` on the tokens of a frozen dVAE."""
+
+    model: DalleTransformer
+    optim: TransformerOptimConfig
+
+    def __init__(
+        self,
+        model: DalleTransformer,
+        optim: TransformerOptimConfig,
+        *,
+        seed: int,
+        image_tokenizer: ImageTokenizer,
+        text_tokenizer: TextTokenizer,
+    ) -> None:
+        """Train `model` on what the two tokenizers make of captioned pictures.
+
+        Raises: ValueError if the model's vocabularies or caption length are not the tokenizers'.
+        """
+        super().__init__(
+            model, optim, seed=seed, text_tokenizer=text_tokenizer, dvae_sha256=image_tokenizer.sha256
+        )
+        for name, mine, theirs in (
+            ("text_vocab_size", model.config.text_vocab_size, text_tokenizer.vocab_size),
+            ("text_seq_len", model.config.text_seq_len, text_tokenizer.seq_len),
+            ("image_vocab_size", model.config.image_vocab_size, image_tokenizer.vocab_size),
+        ):
+            if mine != theirs:
+                raise ValueError(
+                    f"the transformer's {name} must be the tokenizer's {theirs}, got {mine}; set model.{name}={theirs}"
+                )
+        if optim.start_from_codebook:
+            model.start_image_codes(image_tokenizer.dvae.codebook.detach())
+        self.image_tokenizer = image_tokenizer
+        self._tokens_of: dict[int, Tensor] = {}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Weighted nats of one batch."""
+        return self._step("train", batch, self._cached_tokens(batch))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the same for the validation set."""
+        self._step("val", batch, self._image_tokens(batch["image"]))
+
+    def draw_samples(self, batch: Batch) -> Image.Image:
+        """One sample of each caption, drawn from the same random numbers every time."""
+        text_tokens = batch["text_tokens"].to(self.device)
+        tokens = generate(self.model, text_tokens, seeds=[[i] for i in range(len(text_tokens))])
+        return image_grid(self.image_tokenizer.decode(tokens.flatten(0, 1)), columns=len(text_tokens))
+
+    def _step(self, split: str, batch: Batch, image_tokens: Tensor) -> Tensor:
+        text_tokens = batch["text_tokens"]
+        text_logits, image_logits = self.model(text_tokens, image_tokens)
+        text_nats = token_nats(text_logits, text_tokens)
+        image_nats = token_nats(image_logits, image_tokens).mean()
+        is_word = text_tokens < self.model.config.text_vocab_size
+        # Every real token and the padding token right after the last one, by which the caption ends.
+        is_told = torch.cat([torch.ones_like(is_word[:, :1]), is_word[:, :-1]], dim=1)
+        caption_nats = masked_mean(text_nats, is_told)
+        text_loss = text_nats.mean() if self.optim.pads_in_text_loss else caption_nats
+        weight = self.optim.text_weight
+        loss = weight * text_loss + (1 - weight) * image_nats
+        values: dict[str, Tensor | float] = {
+            "loss": loss,
+            "text_nats_per_token": caption_nats,
+            "image_nats_per_token": image_nats,
+            "image_accuracy": (image_logits.argmax(-1) == image_tokens).float().mean(),
+        }
+        self.log_means(split, values, len(text_tokens))
+        return loss
+
+    def _image_tokens(self, image: Tensor) -> Tensor:
+        tokens = self.image_tokenizer.encode(image).flatten(1)
+        # Out of inference mode: autograd must be able to use them.
+        return tokens.clone()
+
+    def _cached_tokens(self, batch: Batch) -> Tensor:
+        if not self.optim.cache_image_tokens:
+            return self._image_tokens(batch["image"])
+        wanted = batch["index"].tolist()
+        missing = [place for place, index in enumerate(wanted) if index not in self._tokens_of]
+        if missing:
+            # Two bytes a token hold every codebook up to 32,768 codes.
+            small = self._image_tokens(batch["image"][missing]).to("cpu", torch.int16)
+            self._tokens_of.update({wanted[place]: tokens for place, tokens in zip(missing, small, strict=True)})
+        return torch.stack([self._tokens_of[index] for index in wanted]).to(self.device, torch.int64)

@@ -1,0 +1,157 @@
+"""Samples and batches, and both ways to treat bad samples."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import traceback
+from collections.abc import Callable
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dalle1.data.dataset import PairDataset, collate
+from dalle1.data.shards import BadSampleError, ShardIndex
+from dalle1.data.transforms import decode_image
+
+WriteShard = Callable[[str, list[tuple[str, bytes]]], str]
+MakeSamples = Callable[..., list[tuple[str, bytes]]]
+
+
+def encode_length(captions: list[str]) -> Tensor:
+    """Each caption as its length and a zero; those above 20 characters do not fit."""
+    if max(map(len, captions)) > 20:
+        raise ValueError(f"caption must have at most 20 characters, got {max(map(len, captions))}")
+    return torch.tensor([[len(caption), 0] for caption in captions])
+
+
+@pytest.fixture
+def mixed(write_shard: WriteShard, make_samples: MakeSamples) -> ShardIndex:
+    """Good samples 0 and 6; 1..5 have no picture, a broken one, no caption, an empty one and one too long."""
+    picture = make_samples(1)[0][1]
+    members = [
+        ("0.png", picture),
+        ("0.txt", b"good"),
+        ("1.txt", b"no picture"),
+        ("2.png", picture[:40]),
+        ("2.txt", b"broken picture"),
+        ("3.png", picture),
+        ("4.png", picture),
+        ("4.txt", b" \n"),
+        ("5.png", picture),
+        ("5.txt", b"too long" * 5),
+        ("6.png", picture),
+        ("6.txt", b"good"),
+    ]
+    return ShardIndex(write_shard("mixed.tar", members))
+
+
+REASONS = {
+    1: r"sample '1' in '.*mixed\.tar' has no picture \(.*\)",
+    2: r"picture of sample '2' in '.*mixed\.tar' cannot be decoded \(.+\)",
+    3: r"sample '3' in '.*mixed\.tar' has no caption \(\.txt\)",
+    4: r"caption of sample '4' in '.*mixed\.tar' is empty",
+    5: r"caption of sample '5' in '.*mixed\.tar' cannot be encoded \(.*at most 20 characters, got 40\)",
+}
+
+
+def test_batch_has_the_documented_shapes_and_ranges(write_shard: WriteShard, make_samples: MakeSamples) -> None:
+    index = ShardIndex(write_shard("a.tar", make_samples(3)))
+    dataset = PairDataset(index, image_size=4, encode_text=encode_length)
+    batch = collate([dataset[2], dataset[1]])
+    assert batch["image"].shape == (2, 3, 4, 4)
+    assert batch["image"].dtype == torch.float32
+    assert torch.equal(batch["image"][:, 0, 0, 0], torch.tensor([2.0, 1.0]) / 255)
+    assert batch["text_tokens"].tolist() == [[8, 0], [8, 0]]
+    assert batch["text_tokens"].dtype == torch.int64
+    assert batch["caption"] == ["number 2", "number 1"]
+    assert batch["key"] == ["000002", "000001"]
+    assert batch["index"].tolist() == [2, 1]
+    assert batch["index"].dtype == torch.int64
+
+
+def test_captions_are_not_needed_without_an_encoder(mixed: ShardIndex) -> None:
+    batch = collate([PairDataset(mixed, image_size=4)[i] for i in (0, 3, 4, 5)])
+    assert "text_tokens" not in batch
+    assert batch["caption"] == [""] * 4
+    assert batch["image"].shape == (4, 3, 4, 4)
+
+
+@pytest.mark.parametrize(("i", "reason"), REASONS.items())
+def test_bad_sample_raises_one_sentence_that_names_it(mixed: ShardIndex, i: int, reason: str) -> None:
+    dataset = PairDataset(mixed, image_size=4, encode_text=encode_length)
+    with pytest.raises(BadSampleError, match=rf"^{reason}; remove it, or set data\.on_bad_sample=skip$"):
+        dataset[i]
+
+
+def test_sentence_survives_a_loader_worker(mixed: ShardIndex) -> None:
+    loader = DataLoader(PairDataset(mixed, image_size=4), batch_size=1, sampler=[2], num_workers=1, collate_fn=collate)
+    with pytest.raises(BadSampleError, match=rf"BadSampleError: {REASONS[2]}; remove it, or set .*=skip\n$") as caught:
+        next(iter(loader))
+    # They refer to the loader, whose worker is slow to stop if the garbage collector has to do it.
+    traceback.clear_frames(caught.tb)
+
+
+def test_bad_sample_error_survives_pickling() -> None:
+    assert str(pickle.loads(pickle.dumps(BadSampleError("why")))) == "why"
+
+
+def test_skip_takes_the_next_good_sample_and_wraps_around(mixed: ShardIndex) -> None:
+    with_text = PairDataset(mixed, image_size=4, encode_text=encode_length, on_bad_sample="skip")
+    assert [with_text[i]["index"] for i in range(7)] == [0, 6, 6, 6, 6, 6, 6]
+    without_text = PairDataset(mixed, image_size=4, on_bad_sample="skip")
+    assert [without_text[i]["key"] for i in range(7)] == ["0", "3", "3", "3", "4", "5", "6"]
+
+
+def test_skip_wraps_around_at_the_end(write_shard: WriteShard, make_samples: MakeSamples) -> None:
+    index = ShardIndex(write_shard("a.tar", [*make_samples(2), ("9.png", b"broken")]))
+    assert PairDataset(index, image_size=4, on_bad_sample="skip")[2]["index"] == 0
+
+
+def test_skip_logs_each_bad_sample_once(mixed: ShardIndex, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = PairDataset(mixed, image_size=4, encode_text=encode_length, on_bad_sample="skip")
+    with caplog.at_level(logging.WARNING):
+        for i in (1, 1, 3):
+            dataset[i]
+    assert len(caplog.messages) == 5
+    for message, i in zip(caplog.messages, REASONS, strict=True):
+        assert message.startswith("skipped: ")
+        assert f"sample '{i}'" in message
+
+
+def test_skip_raises_if_all_samples_are_bad(write_shard: WriteShard) -> None:
+    index = ShardIndex(write_shard("a.tar", [("1.png", b""), ("2.png", b"")]))
+    with pytest.raises(
+        BadSampleError, match=r"at least one sample must be good, got 2 bad ones; the last: .*'1'.*not a JPEG"
+    ):
+        PairDataset(index, image_size=4, on_bad_sample="skip")[1]
+
+
+def test_captions_follow_the_policy(mixed: ShardIndex) -> None:
+    captions = list(PairDataset(mixed, image_size=4, on_bad_sample="skip").captions())
+    assert captions == ["good", "no picture", "broken picture", "too long" * 5, "good"]
+    with pytest.raises(BadSampleError, match=rf"^{REASONS[3]}; remove it"):
+        list(PairDataset(mixed, image_size=4).captions())
+
+
+def test_cached_pictures_are_decoded_once_and_unchanged(
+    write_shard: WriteShard, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_decoded = 0
+
+    def count(data: bytes) -> Image.Image:
+        nonlocal n_decoded
+        n_decoded += 1
+        return decode_image(data)
+
+    monkeypatch.setattr("dalle1.data.dataset.decode_image", count)
+    index = ShardIndex(write_shard("a.tar", make_samples(2)))
+    cached = PairDataset(index, image_size=4, cache_images=True)
+    first = collate([cached[0], cached[1]])["image"]
+    first.mul_(0)
+    again = collate([cached[0], cached[1]])["image"]
+    assert n_decoded == 2
+    assert torch.equal(again, collate([PairDataset(index, image_size=4)[i] for i in range(2)])["image"])

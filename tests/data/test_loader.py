@@ -1,0 +1,150 @@
+"""The training loader: exact order, exact resume; the validation loader: everything once."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dalle1.data.dataset import PairDataset, Sample
+from dalle1.data.loader import ResumableLoader, validation_loader
+from dalle1.data.shards import ShardIndex
+
+WriteShard = Callable[[str, list[tuple[str, bytes]]], str]
+MakeSamples = Callable[..., list[tuple[str, bytes]]]
+
+
+class NumberedSamples(PairDataset):
+    """Eleven samples without a shard: only their numbers matter."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, i: int) -> Sample:
+        return Sample(pixels=torch.zeros(3, 1, 1, dtype=torch.uint8), caption="", key=str(i), index=i)
+
+
+def resumable(*, batch_size: int = 2, seed: int = 0, rank: int = 0, world_size: int = 1) -> ResumableLoader:
+    return ResumableLoader(NumberedSamples(), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+
+
+def take(loader: ResumableLoader, n_batches: int) -> list[list[int]]:
+    """The sample ids of the next batches, over as many epochs as it takes."""
+    taken: list[list[int]] = []
+    while len(taken) < n_batches:
+        for batch in loader:
+            taken.append(batch["index"].tolist())
+            if len(taken) == n_batches:
+                break
+    return taken
+
+
+def test_one_pass_is_one_epoch_and_the_next_has_another_order() -> None:
+    loader = resumable()
+    first, second = ([batch["index"].tolist() for batch in loader] for _ in range(2))
+    assert len(loader) == len(first) == len(second) == 5
+    assert first != second
+
+
+@given(
+    stop=st.integers(0, 13), world_size=st.sampled_from([1, 2]), batch_size=st.integers(1, 3), seed=st.integers(0, 9)
+)
+@settings(deadline=None, max_examples=30)
+def test_resume_anywhere_equals_uninterrupted(stop: int, world_size: int, batch_size: int, seed: int) -> None:
+    def loader() -> ResumableLoader:
+        return resumable(batch_size=batch_size, seed=seed, rank=world_size - 1, world_size=world_size)
+
+    before = loader()
+    start = take(before, stop)
+    after = loader()
+    after.load_state_dict(before.state_dict())
+    assert start + take(after, 14 - stop) == take(loader(), 14)
+
+
+def test_resumed_pass_ends_with_the_epoch() -> None:
+    loader = resumable()
+    loader.load_state_dict(resumable().state_dict() | {"n_batches": 8})
+    assert len(list(loader)) == 2
+    assert len(list(loader)) == len(loader) == 5
+
+
+def test_batches_and_resume_do_not_depend_on_workers(write_shard: WriteShard, make_samples: MakeSamples) -> None:
+    dataset = PairDataset(ShardIndex(write_shard("a.tar", make_samples(11))), image_size=4)
+    alone = ResumableLoader(dataset, batch_size=2, seed=0)
+    helped = ResumableLoader(dataset, batch_size=2, seed=0, num_workers=2)
+    expected = [batch["image"] for _ in range(2) for batch in alone]
+    # The pass is left while the workers are some batches ahead.
+    batches = [batch["image"] for _, batch in zip(range(3), helped, strict=False)]
+    assert helped.state_dict()["n_batches"] == 3
+    batches += [batch["image"] for _ in range(2) for batch in helped]
+    helped.close()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(batches, expected, strict=True))
+
+
+def test_close_stops_the_workers_and_keeps_the_place(write_shard: WriteShard, make_samples: MakeSamples) -> None:
+    dataset = PairDataset(ShardIndex(write_shard("a.tar", make_samples(6))), image_size=4)
+    loader = ResumableLoader(dataset, batch_size=2, seed=0, num_workers=1)
+    take(loader, 1)
+    assert len(multiprocessing.active_children()) == 1
+    loader.close()
+    assert multiprocessing.active_children() == []
+    assert len(take(loader, 2)) == 2
+    assert loader.state_dict()["n_batches"] == 3
+    loader.close()
+
+
+def test_state_is_the_same_on_all_ranks_and_holds_plain_integers() -> None:
+    states = []
+    for rank in range(2):
+        loader = resumable(rank=rank, world_size=2)
+        take(loader, 3)
+        states.append(loader.state_dict())
+    assert states[0] == states[1] == {"n_batches": 3, "seed": 0, "n_samples": 11, "batch_size": 2, "world_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 3}, "batch_size 2, not 3"),
+        ({"world_size": 2}, "world_size 1, not 2"),
+        ({"seed": 5, "batch_size": 4}, "seed 0, not 5; batch_size 2, not 4"),
+    ],
+)
+def test_load_refuses_a_state_of_another_order(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"saved with: {message}; restore them, or start a new run"):
+        resumable(**changes).load_state_dict(resumable().state_dict())
+
+
+def test_load_refuses_a_state_of_another_data_set() -> None:
+    with pytest.raises(ValueError, match="n_samples 90, not 11"):
+        resumable().load_state_dict(resumable().state_dict() | {"n_samples": 90})
+
+
+def test_loader_refuses_fewer_samples_than_a_global_batch() -> None:
+    with pytest.raises(ValueError, match=r"batch of 12 samples .* got 11"):
+        resumable(batch_size=6, world_size=2)
+
+
+def test_iterating_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    list(resumable())
+    list(validation_loader(NumberedSamples(), batch_size=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_validation_shows_every_sample_once_over_all_ranks(world_size: int) -> None:
+    seen = []
+    for rank in range(world_size):
+        loader = validation_loader(NumberedSamples(), batch_size=2, rank=rank, world_size=world_size)
+        ids = [i for batch in loader for i in batch["index"].tolist()]
+        assert ids == list(range(rank, 11, world_size))
+        seen += ids
+    assert sorted(seen) == list(range(11))

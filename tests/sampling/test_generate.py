@@ -1,0 +1,153 @@
+"""The decoding loop: the right distribution, and the same tokens whatever the company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dalle1.models.transformer import DalleTransformer
+from dalle1.sampling.filters import SamplingConfig
+from dalle1.sampling.generate import Progress, candidate_seeds, draw_codes, generate
+
+MakeTransformer = Callable[..., DalleTransformer]
+
+
+@pytest.fixture(scope="module")
+def transformer(make_transformer: MakeTransformer) -> DalleTransformer:
+    return make_transformer()
+
+
+def _text(transformer: DalleTransformer, n_prompts: int) -> Tensor:
+    config = transformer.config
+    return torch.randint(
+        config.text_vocab_size, (n_prompts, config.text_seq_len), generator=torch.Generator().manual_seed(3)
+    )
+
+
+def test_tokens_equal_those_of_a_loop_without_cache(transformer: DalleTransformer) -> None:
+    text, config = _text(transformer, 2), SamplingConfig(temperature=0.7, top_k=20)
+    tokens = generate(transformer, text, seeds=[[11, 12], [13, 14]], config=config).flatten(2)
+    for prompt, candidate, seed in [(0, 0, 11), (0, 1, 12), (1, 0, 13), (1, 1, 14)]:
+        stream = torch.rand(12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+        drawn = torch.zeros(1, 12, dtype=torch.int64)
+        for position, number in enumerate(stream):
+            with torch.inference_mode():
+                logits = transformer(text[prompt : prompt + 1], drawn)[1][0, position].double() / 0.7
+            likely = set(logits.argsort(descending=True)[:20].tolist())
+            weights = [logits[code].exp().item() if code in likely else 0.0 for code in range(32)]
+            below = 0.0
+            for code, weight in enumerate(weights):
+                below += weight / sum(weights)
+                if below > number:
+                    break
+            drawn[0, position] = code
+        assert tokens[prompt, candidate].tolist() == drawn[0].tolist()
+
+
+def test_tokens_do_not_depend_on_the_number_of_candidates(transformer: DalleTransformer) -> None:
+    text, seeds = _text(transformer, 1), candidate_seeds(0, "a", 40)
+    expected = generate(transformer, text, seeds=[seeds])
+    assert expected.flatten(2).unique(dim=1).shape[1] == 40, "candidates differ"
+    for n_candidates in (1, 2, 5, 17):
+        tokens = generate(transformer, text, seeds=[seeds[:n_candidates]])
+        assert torch.equal(tokens, expected[:, :n_candidates])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16, 17])
+def test_tokens_do_not_depend_on_the_batch_size(transformer: DalleTransformer, batch_size: int) -> None:
+    text = _text(transformer, 3)
+    seeds = [candidate_seeds(1, str(prompt), 7) for prompt in range(3)]
+    expected = generate(transformer, text, seeds=seeds, batch_size=128)
+    assert torch.equal(generate(transformer, text, seeds=seeds, batch_size=batch_size), expected)
+
+
+@pytest.mark.parametrize("n_candidates", [1, 16, 17, 40])
+def test_sequences_are_always_decoded_in_multiples_of_16(
+    make_transformer: MakeTransformer, monkeypatch: pytest.MonkeyPatch, n_candidates: int
+) -> None:
+    transformer = make_transformer()
+    rows: set[int] = set()
+    decode = transformer.decode
+    monkeypatch.setattr(transformer, "decode", lambda tokens, cache: rows.add(len(tokens)) or decode(tokens, cache))
+    generate(transformer, _text(transformer, 1), seeds=[list(range(n_candidates))], batch_size=20)
+    assert {n % 16 for n in rows} == {0}
+
+
+def test_tokens_do_not_depend_on_the_order_of_prompts_and_candidates(transformer: DalleTransformer) -> None:
+    text = _text(transformer, 3)
+    seeds = [candidate_seeds(2, str(prompt), 4) for prompt in range(3)]
+    expected = generate(transformer, text, seeds=seeds)
+    backwards = generate(transformer, text.flip(0), seeds=[row[::-1] for row in seeds[::-1]])
+    assert torch.equal(backwards.flip(0, 1), expected)
+
+
+def test_tokens_have_the_shape_and_range_of_the_grid(transformer: DalleTransformer) -> None:
+    tokens = generate(transformer, _text(transformer, 2), seeds=[[1, 2, 3]] * 2)
+    assert tokens.shape == (2, 3, 3, 4)
+    assert tokens.dtype == torch.int64
+    assert 0 <= int(tokens.min()) <= int(tokens.max()) < 32
+
+
+def test_grid_of_one_token_is_drawn_from_the_text_alone(make_transformer: MakeTransformer) -> None:
+    transformer = make_transformer(grid_height=1, grid_width=1)
+    assert generate(transformer, _text(transformer, 1), seeds=[[0]]).shape == (1, 1, 1, 1)
+
+
+def test_each_prompt_is_prefilled_once_also_across_batches(
+    make_transformer: MakeTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer = make_transformer()
+    sizes: list[int] = []
+    prefill = transformer.prefill
+    monkeypatch.setattr(transformer, "prefill", lambda text: sizes.append(len(text)) or prefill(text))
+    generate(transformer, _text(transformer, 3), seeds=[[1, 2, 3, 4, 5]] * 3, batch_size=2)
+    assert sizes == [1, 1, 1]
+
+
+def test_draw_codes_gives_each_code_its_share_of_the_unit_interval() -> None:
+    probs = torch.tensor([0.1, 0.0, 0.5, 0.4], dtype=torch.float64)
+    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    codes = draw_codes(probs.log().expand(1000, 4), uniforms)
+    assert torch.bincount(codes, minlength=4).tolist() == [100, 0, 500, 400]
+    assert torch.equal(codes, codes.sort().values), "codes are in ascending order"
+
+
+def test_draw_codes_at_the_ends_of_the_interval_finds_possible_codes() -> None:
+    impossible = float("-inf")
+    logits = torch.tensor([[impossible, 0.3, impossible, -0.2, impossible]] * 2, dtype=torch.float64)
+    assert draw_codes(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 3]
+
+
+def test_progress_counts_tokens_and_finished_candidates(transformer: DalleTransformer) -> None:
+    seen: list[Progress] = []
+    generate(transformer, _text(transformer, 1), seeds=[[1, 2, 3]], batch_size=2, on_progress=seen.append)
+    assert [progress.tokens_done for progress in seen] == [*range(2, 25, 2), *range(25, 37)]
+    assert [progress.candidates_done for progress in seen] == [0] * 11 + [2] * 12 + [3]
+    assert (seen[0].tokens, seen[0].candidates) == (36, 3)
+
+
+def test_seeds_of_candidates_are_fixed_for_ever() -> None:
+    assert candidate_seeds(0, "a red circle", 3) == [3285112021, 558340729, 3252921926]
+
+
+def test_seeds_of_candidates_do_not_depend_on_their_number() -> None:
+    assert candidate_seeds(5, "a", 3) == candidate_seeds(5, "a", 9)[:3]
+
+
+def test_seeds_differ_by_seed_prompt_and_candidate() -> None:
+    seeds = [seed for key in (0, 1) for prompt in ("a", "b") for seed in candidate_seeds(key, prompt, 50)]
+    assert len(set(seeds)) == 200
+
+
+@pytest.mark.parametrize("seeds", [[], [[1]], [[1], [2, 3]], [[], []], [[1], [2], [3]]])
+def test_seeds_that_do_not_fit_the_prompts_are_refused(transformer: DalleTransformer, seeds: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match=r"seeds must be 2 lists of one same length >= 1, got lengths \["):
+        generate(transformer, _text(transformer, 2), seeds=seeds)
+
+
+def test_batch_size_0_is_refused(transformer: DalleTransformer) -> None:
+    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+        generate(transformer, _text(transformer, 1), seeds=[[1]], batch_size=0)

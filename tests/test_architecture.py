@@ -1,0 +1,99 @@
+"""Imports point one way, and only where they belong."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "dalle1"
+
+# From the top to the bottom: a module may import from lines below its own, and from its own line.
+LAYERS = [
+    ["training", "evaluation.report"],
+    ["results"],
+    ["picture_grid"],
+    ["pipeline"],
+    ["rerank"],
+    ["cli"],
+    ["sampling"],
+    ["checkpoint"],
+    ["tokenizers"],
+    ["evaluation"],
+    ["losses"],
+    ["models"],
+    ["data"],
+]
+# Where each framework may appear; everything else is plain PyTorch.
+ALLOWED = {
+    "pytorch_lightning": ("training", "data.datamodule"),
+    "hydra": ("cli", "training.run"),
+    "omegaconf": ("cli", "training.run"),
+    "wandb": ("training.logging",),
+    "webdataset": ("data",),
+}
+
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+
+
+def _imports(path: Path) -> list[str]:
+    """Absolute names of all modules that a file imports, anywhere in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names.append(node.module or "")
+    return names
+
+
+def _layer(module: str) -> int:
+    matches = [
+        (len(prefix), number)
+        for number, layer in enumerate(LAYERS)
+        for prefix in layer
+        if module == prefix or module.startswith(prefix + ".")
+    ]
+    assert matches, f"{module} is in no layer: add it to LAYERS and to docs/architecture.md"
+    return max(matches)[1]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "__init__"])
+def test_imports_point_down(module: str) -> None:
+    own = [name.removeprefix("dalle1.") for name in _imports(MODULES[module]) if name.startswith("dalle1.")]
+    wrong = [name for name in own if _layer(name) < _layer(module)]
+    assert not wrong, f"{module} imports from above itself: {wrong}"
+
+
+@pytest.mark.parametrize("framework", ALLOWED)
+def test_framework_is_imported_only_where_it_belongs(framework: str) -> None:
+    users = [name for name, path in MODULES.items() if any(i.split(".")[0] == framework for i in _imports(path))]
+    assert users, f"nobody imports {framework}"
+    wrong = [user for user in users if not user.startswith(ALLOWED[framework])]
+    assert not wrong
+
+
+def test_models_import_without_any_framework() -> None:
+    code = (
+        "import sys, dalle1.models.dvae, dalle1.models.transformer, dalle1.models.clip, dalle1.losses;"
+        "print(sorted({'pytorch_lightning', 'hydra', 'omegaconf', 'wandb'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_function_is_short_and_every_file_is_one_concern() -> None:
+    for path in MODULES.values():
+        text = path.read_text()
+        assert text.count("\n") <= 450, f"{path.name} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert length <= 80, f"{path.name}: {node.name} has {length} lines"

@@ -1,0 +1,183 @@
+"""Checkpoints that rebuild their model, and all the files that must be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dalle1.checkpoint import (
+    check_pair,
+    load_clip,
+    load_dvae,
+    load_image_tokenizer,
+    load_transformer,
+    make_record,
+    read_checkpoint,
+    weights_sha256,
+)
+from dalle1.models.clip import CLIP
+from dalle1.models.dvae import DVAE
+from dalle1.models.transformer import DalleTransformer
+from dalle1.tokenizers.text import TextTokenizer
+
+Write = Callable[..., Path]
+
+
+def test_loaded_dvae_gives_identical_output(make_dvae: Callable[..., DVAE], checkpoints: dict[str, Path]) -> None:
+    model, loaded = make_dvae(), load_dvae(checkpoints["dvae"])
+    image = torch.rand(2, 3, 12, 16)
+    assert torch.equal(loaded.model.logits(image), model.logits(image))
+    assert loaded.model.config == model.config
+    assert loaded.step == 7
+
+
+def test_loaded_transformer_gives_identical_output_and_has_its_tokenizer(
+    make_transformer: Callable[..., DalleTransformer], checkpoints: dict[str, Path], text_tokenizer: TextTokenizer
+) -> None:
+    model, loaded = make_transformer(), load_transformer(checkpoints["transformer"])
+    assert loaded.text_tokenizer is not None
+    text = loaded.text_tokenizer.encode(["a red circle"])
+    assert torch.equal(text, text_tokenizer.encode(["a red circle"]))
+    image = torch.zeros(1, model.config.image_seq_len, dtype=torch.int64)
+    for expected, actual in zip(model(text, image), loaded.model(text, image), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_loaded_clip_gives_identical_output(make_clip: Callable[..., CLIP], checkpoints: dict[str, Path]) -> None:
+    image = torch.rand(2, 3, 16, 16)
+    assert torch.equal(load_clip(checkpoints["clip"]).model.encode_image(image), make_clip().encode_image(image))
+
+
+def test_loaded_model_is_frozen_and_in_evaluation_mode(checkpoints: dict[str, Path]) -> None:
+    model = load_clip(checkpoints["clip"]).model
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_checkpoint_loads_with_weights_only(checkpoints: dict[str, Path]) -> None:
+    content = torch.load(checkpoints["transformer"], weights_only=True)
+    assert content["dalle1"]["kind"] == "transformer"
+
+
+def test_average_of_the_weights_is_preferred(
+    tmp_path: Path, make_dvae: Callable[..., DVAE], write_checkpoint: Write
+) -> None:
+    average = make_dvae(seed=9)
+    path = write_checkpoint(tmp_path / "last.ckpt", make_dvae(seed=1), extra={"ema": average.state_dict()})
+    loaded = load_dvae(path)
+    assert loaded.sha256 == weights_sha256(average.state_dict())
+
+
+def test_hash_depends_on_names_values_shapes_and_types_but_not_on_order() -> None:
+    state = {"a": torch.zeros(2, 3), "b": torch.tensor(1.0)}
+    variants = [
+        state,
+        {"a": torch.zeros(2, 3), "c": torch.tensor(1.0)},
+        {"a": torch.zeros(2, 3), "b": torch.tensor(2.0)},
+        {"a": torch.zeros(3, 2), "b": torch.tensor(1.0)},
+        {"a": torch.zeros(2, 3, dtype=torch.bfloat16), "b": torch.tensor(1.0)},
+    ]
+    assert len({weights_sha256(variant) for variant in variants}) == len(variants)
+    assert weights_sha256(dict(reversed(state.items()))) == weights_sha256(state)
+
+
+def test_another_kind_of_model_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="must hold a dvae, got a clip; give the checkpoint of stage=dvae"):
+        load_dvae(checkpoints["clip"])
+
+
+@pytest.mark.parametrize(
+    ("load", "stage"), [(load_dvae, "dvae"), (load_clip, "clip"), (load_transformer, "transformer")]
+)
+def test_missing_file_says_which_stage_to_train(tmp_path: Path, load: Callable[[Path], Any], stage: str) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"no {stage} at '.*nothing\.ckpt'; train it \(stage={stage}\)"):
+        load(tmp_path / "nothing.ckpt")
+
+
+def _with_record(source: Path, path: Path, **changes: object) -> Path:
+    content = torch.load(source, weights_only=True)
+    content["dalle1"] |= changes
+    torch.save(content, path)
+    return path
+
+
+def test_newer_format_is_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    path = _with_record(checkpoints["dvae"], tmp_path / "changed.ckpt", format_version=2)
+    with pytest.raises(ValueError, match="must have format version 1, got 2; use the dalle1 version that wrote it"):
+        read_checkpoint(path)
+
+
+def test_unknown_configuration_is_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    path = _with_record(checkpoints["dvae"], tmp_path / "changed.ckpt", model_config={"vocab_sise": 3})
+    with pytest.raises(ValueError, match="does not know: .*unexpected keyword argument 'vocab_sise'"):
+        load_dvae(path)
+
+
+def test_weights_of_another_size_are_refused_in_one_line(
+    tmp_path: Path, checkpoints: dict[str, Path], make_dvae: Callable[..., DVAE]
+) -> None:
+    other = make_record(make_dvae(n_hid=16))["model_config"]
+    path = _with_record(checkpoints["dvae"], tmp_path / "changed.ckpt", model_config=other)
+    with pytest.raises(ValueError, match="does not fit its own configuration: .*size mismatch") as raised:
+        load_dvae(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {"dalle1": "text"}])
+def test_file_without_a_record_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="must hold a 'dalle1' record"):
+        read_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_record_without_its_parts_is_refused(tmp_path: Path) -> None:
+    torch.save({"dalle1": {"format_version": 1, "kind": "dvae", "model_config": {}}}, tmp_path / "part.ckpt")
+    with pytest.raises(ValueError, match="it lacks text_tokenizer, dvae_sha256, state_dict, global_step"):
+        read_checkpoint(tmp_path / "part.ckpt")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_damaged_file_is_refused(tmp_path: Path, checkpoints: dict[str, Path], keep: float) -> None:
+    data = checkpoints["dvae"].read_bytes()
+    path = tmp_path / "cut.ckpt"
+    path.write_bytes(data[: int(keep * len(data)) if keep < 1 else int(keep)])
+    with pytest.raises(ValueError, match="is not a checkpoint that can be read safely") as raised:
+        read_checkpoint(path)
+    assert "\n" not in str(raised.value)
+
+
+class _Malicious:
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.victim,))
+
+
+def test_file_with_code_is_refused_and_not_executed(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    content = torch.load(checkpoints["dvae"], weights_only=True)
+    content["dalle1"]["payload"] = _Malicious(tmp_path / "executed")
+    torch.save(content, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match="is not a checkpoint that can be read safely"):
+        load_dvae(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_transformer_with_its_own_dvae_passes(checkpoints: dict[str, Path]) -> None:
+    check_pair(load_transformer(checkpoints["transformer"]), load_image_tokenizer(checkpoints["dvae"]))
+
+
+def test_transformer_with_another_dvae_is_refused(
+    tmp_path: Path, checkpoints: dict[str, Path], make_dvae: Callable[..., DVAE], write_checkpoint: Write
+) -> None:
+    other = write_checkpoint(tmp_path / "other.ckpt", make_dvae(seed=5))
+    transformer, image_tokenizer = load_transformer(checkpoints["transformer"]), load_image_tokenizer(other)
+    expected = (
+        f"needs the dVAE it was trained with, {str(transformer.dvae_sha256)[:12]}, got {image_tokenizer.sha256[:12]}"
+    )
+    with pytest.raises(ValueError, match=expected):
+        check_pair(transformer, image_tokenizer)

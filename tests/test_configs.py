@@ -1,0 +1,146 @@
+"""Every YAML under conf/ composes and builds; wrong choices get one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dalle1.data.datamodule import DataConfig
+from dalle1.models.clip import CLIP, CLIPConfig
+from dalle1.models.dvae import DVAE, DVAEConfig
+from dalle1.models.transformer import DalleTransformer, TransformerConfig
+from dalle1.tokenizers.text import TextTokenizerConfig
+from dalle1.training.dvae_module import DVAEOptimConfig
+from dalle1.training.optim import OptimConfig
+from dalle1.training.run import build
+from dalle1.training.transformer_module import TransformerOptimConfig
+
+CONF = Path(__file__).parents[1] / "conf"
+STAGES = sorted(path.stem for path in (CONF / "stage").glob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+MODEL_TYPES = {
+    "tokenizer": TextTokenizerConfig,
+    "dvae": DVAEConfig,
+    "clip": CLIPConfig,
+    "transformer": TransformerConfig,
+}
+OPTIM_TYPES = {"dvae": DVAEOptimConfig, "clip": OptimConfig, "transformer": TransformerOptimConfig}
+SHARDS = ["data.train=train.tar", "data.val=val.tar"]
+
+
+@pytest.fixture(autouse=True)
+def _conf() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str, tmp: Path | str = "unused") -> DictConfig:
+    # Outside of a running job there is no hydra: name and run_dir are what it would give.
+    return compose("train", overrides=[*overrides, "name=test", f"run_dir={tmp}"])
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_of_experiment_builds(stage: str, experiment: str) -> None:
+    cfg = composed(f"stage={stage}", f"experiment={experiment}", *SHARDS)
+
+    build(cfg, "data", DataConfig)
+    build(cfg, "model", MODEL_TYPES[stage])
+    if stage in OPTIM_TYPES:
+        build(cfg, "optim", OPTIM_TYPES[stage])
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_choice_composes_and_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    group = path.parent.name
+    stage = next((stage for stage in STAGES if path.stem.startswith(stage)), "dvae")
+    choice = path.stem if group != "stage" else stage
+    cfg = composed(f"stage={stage}", *SHARDS, f"{group}={choice}", tmp=tmp_path)
+
+    if group in ("model", "optim", "data", "trainer", "logger", "callbacks"):
+        instantiate(cfg[group], _convert_="all")
+
+
+def test_every_yaml_is_covered() -> None:
+    top = {path.name for path in CONF.glob("*.yaml")}
+    assert top == {"train.yaml", "sample.yaml"}
+    assert {path.parent.parent for path in CONF.rglob("*/*.yaml")} == {CONF}, "a file deeper than one group"
+
+
+def test_paper_models_have_the_papers_sizes() -> None:
+    dvae = build(composed("stage=dvae", "experiment=paper", *SHARDS), "model", DVAEConfig)
+    transformer = build(composed("stage=transformer", "experiment=paper", *SHARDS), "model", TransformerConfig)
+    clip = build(composed("stage=clip", "experiment=paper", *SHARDS), "model", CLIPConfig)
+    with torch.device("meta"):
+        image_model, text_to_image, _ = DVAE(dvae), DalleTransformer(transformer), CLIP(clip)
+
+    encoder = sum(p.numel() for p in image_model.encoder.parameters())
+    assert encoder == 53_786_240
+    # The decoder's first convolution is the codebook.
+    assert sum(p.numel() for p in image_model.parameters()) - encoder == 43_829_766
+    # Without embeddings and unembeddings, as the paper counts.
+    assert 12.0e9 <= text_to_image.count_parameters()["body"] <= 12.2e9
+    assert (dvae.downsampling, dvae.vocab_size) == (8, 8192)
+    assert (transformer.text_seq_len, transformer.image_seq_len) == (256, 1024)
+    assert (transformer.n_layers, transformer.n_heads, transformer.d_model) == (64, 62, 3968)
+
+
+def test_experiment_overrides_groups_and_the_command_line_overrides_the_experiment() -> None:
+    assert composed("stage=dvae").image_size != 256
+    assert composed("stage=dvae", "experiment=paper", *SHARDS).image_size == 256
+    assert composed("stage=dvae", "experiment=paper", "image_size=128", *SHARDS).data.image_size == 128
+    assert composed("stage=dvae", "experiment=paper", "model=dvae_shapes", *SHARDS).model.patch_size == 8
+
+
+def test_missing_stage_lists_the_choices() -> None:
+    with pytest.raises(ConfigCompositionException, match="(?s)stage.*clip.*dvae.*tokenizer.*transformer"):
+        compose("train")
+
+
+def test_unknown_choice_lists_the_choices() -> None:
+    with pytest.raises(MissingConfigException, match="(?s)stage/dvea.*clip.*dvae"):
+        composed("stage=dvea")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stage=transformer", "model=dvae_shapes"], "stage=transformer needs a TransformerConfig, got a DVAEConfig"),
+        (["stage=dvae", "model=transformer_shapes"], "stage=dvae needs a DVAEConfig, got a TransformerConfig"),
+    ],
+)
+def test_model_of_another_stage_is_refused(overrides: list[str], message: str) -> None:
+    stage = overrides[0].removeprefix("stage=")
+    with pytest.raises(ValueError, match=message):
+        build(composed(*overrides), "model", MODEL_TYPES[stage])
+
+
+def test_misspelt_optim_is_refused() -> None:
+    with pytest.raises(ValueError, match="stage=dvae needs a DVAEOptimConfig, got none"):
+        build(composed("stage=dvae", "optim=dvae_shaeps"), "optim", DVAEOptimConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.vocab_size=many", "DVAEConfig.vocab_size must be a whole number, got 'many'"),
+        ("model.n_hid=30", "n_hid must be divisible by 4.*got 30"),
+        ("+model.vocab_sise=3", "unexpected keyword argument 'vocab_sise'"),
+        ("optim.lr=-1", r"optim.lr must be > 0, got -1"),
+        ("optim.max_steps=0", r"optim.max_steps must be >= 1, got 0"),
+        ("optim.beta2=1.5", r"optim.beta2 must be in \[0, 1\), got 1.5"),
+    ],
+)
+def test_wrong_value_names_the_field(override: str, message: str) -> None:
+    cfg = composed("stage=dvae", override)
+    group = override.lstrip("+").partition(".")[0]
+    with pytest.raises(Exception, match=message):
+        build(cfg, group, DVAEConfig if group == "model" else DVAEOptimConfig)

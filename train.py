@@ -1,0 +1,14 @@
+"""Train one stage: `python train.py stage=tokenizer | dvae | clip | transformer` (see conf/train.yaml)."""
+
+from pathlib import Path
+
+from dalle1.cli import run_script
+from dalle1.training.run import run
+
+if __name__ == "__main__":
+    run_script(
+        run,
+        config_dir=Path(__file__).parent / "conf",
+        config_name="train",
+        path_options=("name", "run_dir", "results_dir", "dvae", "text_tokenizer", "data.train", "data.val"),
+    )
