@@ -113,7 +113,7 @@ def test_newer_format_is_refused(tmp_path: Path, checkpoints: dict[str, Path]) -
 
 def test_unknown_configuration_is_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     path = _with_record(checkpoints["dvae"], tmp_path / "changed.ckpt", model_config={"vocab_sise": 3})
-    with pytest.raises(ValueError, match="does not know: .*unexpected keyword argument 'vocab_sise'"):
+    with pytest.raises(ValueError, match=r"does not know: .*unexpected keyword argument 'vocab_sise'"):
         load_dvae(path)
 
 
@@ -122,7 +122,7 @@ def test_weights_of_another_size_are_refused_in_one_line(
 ) -> None:
     other = make_record(make_dvae(n_hid=16))["model_config"]
     path = _with_record(checkpoints["dvae"], tmp_path / "changed.ckpt", model_config=other)
-    with pytest.raises(ValueError, match="does not fit its own configuration: .*size mismatch") as raised:
+    with pytest.raises(ValueError, match=r"does not fit its own configuration: .*size mismatch") as raised:
         load_dvae(path)
     assert "\n" not in str(raised.value)
 

@@ -23,7 +23,7 @@ def _parameters(location: float, log_scale: float, side: int = 1) -> torch.Tenso
 
 
 def test_nll_at_one_half_is_minus_ln_2() -> None:
-    nll = logit_laplace_nll(torch.full((1, 3, 1, 1), 0.5), _parameters(0, 0))
+    nll = logit_laplace_nll(torch.full((1, 3, 1, 1), 0.5), _parameters(0.0, 0.0))
     torch.testing.assert_close(nll, torch.full((1, 3, 1, 1), -math.log(2)))
 
 
@@ -38,12 +38,12 @@ def test_density_integrates_to_one(location: float, log_scale: float) -> None:
 
 def test_nll_with_a_floor_takes_smaller_scales_as_the_floor() -> None:
     mapped = torch.full((1, 3, 1, 1), 0.3)
-    narrow = logit_laplace_nll(mapped, _parameters(0, -9), min_log_scale=-2.0)
-    assert torch.equal(narrow, logit_laplace_nll(mapped, _parameters(0, -2)))
+    narrow = logit_laplace_nll(mapped, _parameters(0.0, -9.0), min_log_scale=-2.0)
+    assert torch.equal(narrow, logit_laplace_nll(mapped, _parameters(0.0, -2.0)))
 
 
 def test_nll_of_half_precision_is_computed_in_single() -> None:
-    nll = logit_laplace_nll(torch.full((1, 3, 1, 1), 0.5).bfloat16(), _parameters(0, 0).bfloat16())
+    nll = logit_laplace_nll(torch.full((1, 3, 1, 1), 0.5).bfloat16(), _parameters(0.0, 0.0).bfloat16())
     assert nll.dtype == torch.float32
 
 
@@ -70,8 +70,8 @@ def test_kl_of_a_position_counts_one_192nd_at_the_papers_size() -> None:
 
 def test_negative_elbo_does_not_depend_on_the_batch_size() -> None:
     nll, kl = torch.randn(1, 3, 8, 8), torch.rand(1, 2, 2)
-    one = negative_elbo(nll, kl, kl_weight=3)
-    four = negative_elbo(nll.expand(4, -1, -1, -1), kl.expand(4, -1, -1), kl_weight=3)
+    one = negative_elbo(nll, kl, kl_weight=3.0)
+    four = negative_elbo(nll.expand(4, -1, -1, -1), kl.expand(4, -1, -1), kl_weight=3.0)
     torch.testing.assert_close(one, four)
 
 
@@ -98,7 +98,7 @@ def test_gumbel_softmax_of_half_precision_is_single() -> None:
 
 def test_gumbel_softmax_refuses_temperature_0() -> None:
     with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
-        gumbel_softmax(torch.zeros(2, 3), 0)
+        gumbel_softmax(torch.zeros(2, 3), 0.0)
 
 
 def test_token_nats_of_a_uniform_prediction_is_ln_v() -> None:

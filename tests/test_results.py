@@ -14,7 +14,7 @@ from dalle1 import results as results_module
 from dalle1.pipeline import PromptResult
 from dalle1.results import check_directory, default_directory, slug, write_run
 
-CHECKPOINTS = {"transformer": {"sha256": "aa", "step": 5}, "dvae": {"sha256": "bb"}}
+CHECKPOINTS: dict[str, dict[str, object]] = {"transformer": {"sha256": "aa", "step": 5}, "dvae": {"sha256": "bb"}}
 
 
 def _result(prompt: str = "a red circle", *, scores: list[float] | None = None, n_pictures: int = 2) -> PromptResult:

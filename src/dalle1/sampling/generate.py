@@ -6,11 +6,11 @@ of the cumulative distribution in float64, codes in ascending order.
 
 That needs logits which do not depend on the company of a sequence, and matrix products do not give that for free:
 libraries sum in another order for few rows. Measured in fp32 on an x86 CPU (torch 2.13 with MKL, inner sizes 64 to
-2048): a row of `F.linear` has the same bits for 16 to 256 rows but others for 1 to 15, attention is the same for
-any number. Such a difference in the last bits changes about one token in ten thousand, and then all that follow.
-So text is prefilled alone, and sequences are decoded in multiples of 16, filled up with copies that are thrown
-away. What remains: with several threads and inner sizes from 1024 on, and on a GPU, kernels may also change beyond
-16 rows; there only runs with the same number of sequences at once are sure to agree.
+2048): a row of `F.linear` has the same bits for 16 to 256 rows but others for 1 to 15; attention is the same for
+any number. Such a difference in the last bits changes one token in 5,000 to 80,000, and then all that follow. So
+text is prefilled alone, and sequences are decoded in multiples of 16, filled up with copies that are thrown away.
+What remains: with several threads and inner sizes from 1024 on, and on a GPU, kernels may also change beyond 16
+rows; there only runs with the same number of sequences at once are sure to agree.
 
 Shapes: p prompts, n candidates of each, b sequences decoded at once, t text_seq_len, v image vocabulary.
 """
@@ -75,15 +75,12 @@ def generate(
     Raises:
         ValueError: If the seeds do not fit the prompts, there are none, or `batch_size` is below 1.
     """
-    counts = [len(row) for row in seeds]
-    if len(seeds) != len(text_tokens) or len(set(counts)) != 1 or counts[0] < 1:
-        raise ValueError(f"seeds must be {len(text_tokens)} lists of one same length >= 1, got lengths {counts}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    sequences = [(prompt, seed) for prompt, row in enumerate(seeds) for seed in row]
-    length = transformer.config.image_seq_len
+    sequences = _sequences(seeds, n_prompts=len(text_tokens))
+    length, device = transformer.config.image_seq_len, text_tokens.device
     prefilled: dict[int, tuple[Tensor, KVCache]] = {}
-    tokens = torch.empty(len(sequences), length, dtype=torch.int64, device=text_tokens.device)
+    tokens = torch.empty(len(sequences), length, dtype=torch.int64, device=device)
     for first in range(0, len(sequences), batch_size):
         batch = sequences[first : first + batch_size]
         # One prompt at a time, and once each: only the last prompt of a batch can go on in the next one.
@@ -92,20 +89,26 @@ def generate(
             for prompt in dict.fromkeys(prompt for prompt, _ in batch)
         }
         starts = [prefilled[prompt] for prompt, _ in batch]
-        uniforms = _uniforms([seed for _, seed in batch], length).to(text_tokens.device)
+        uniforms = _uniforms([seed for _, seed in batch], length).to(device)
         for position, column in enumerate(_decode(transformer, starts, uniforms, config)):
             tokens[first : first + len(batch), position] = column
             if on_progress:
-                finished = len(batch) if position == length - 1 else 0
-                on_progress(
-                    Progress(
-                        tokens_done=first * length + len(batch) * (position + 1),
-                        tokens=tokens.numel(),
-                        candidates_done=first + finished,
-                        candidates=len(sequences),
-                    )
+                progress = Progress(
+                    tokens_done=first * length + (position + 1) * len(batch),
+                    tokens=tokens.numel(),
+                    candidates_done=first + (len(batch) if position == length - 1 else 0),
+                    candidates=len(sequences),
                 )
-    return tokens.view(len(seeds), counts[0], transformer.config.grid_height, transformer.config.grid_width)
+                on_progress(progress)
+    return tokens.view(len(seeds), -1, transformer.config.grid_height, transformer.config.grid_width)
+
+
+def _sequences(seeds: Sequence[Sequence[int]], *, n_prompts: int) -> list[tuple[int, int]]:
+    """Number of the prompt and seed of every candidate, prompt by prompt."""
+    counts = [len(row) for row in seeds]
+    if len(seeds) != n_prompts or len(set(counts)) != 1 or counts[0] < 1:
+        raise ValueError(f"seeds must be {n_prompts} lists of one same length >= 1, got lengths {counts}")
+    return [(prompt, seed) for prompt, row in enumerate(seeds) for seed in row]
 
 
 def _uniforms(seeds: Sequence[int], length: int) -> Float[Tensor, "b n"]:

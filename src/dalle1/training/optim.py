@@ -13,6 +13,7 @@ from dalle1.training.schedules import warmup_cosine
 class OptimConfig:
     """Numbers of the optimizer. Steps are optimizer updates."""
 
+    batch_size: int  # samples per device and update
     max_steps: int  # length of the run
     lr: float  # peak
     final_lr: float  # at decay_steps and after, by a cosine from the peak; equal to lr for a constant rate
@@ -27,8 +28,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        if self.max_steps < 1:
-            raise ValueError(f"optim.max_steps must be >= 1, got {self.max_steps}")
+        for name in ("batch_size", "max_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} must be >= 1, got {getattr(self, name)}")
         if not 0 <= self.warmup_steps < self.max_steps:
             raise ValueError(
                 f"optim.warmup_steps must be in [0, max_steps = {self.max_steps}), got {self.warmup_steps}"

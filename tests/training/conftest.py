@@ -1,0 +1,95 @@
+"""A tiny data set, and training stages on it from the real configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from dalle1.data.shapes_shards import ShapesRecipe, write_shapes
+from dalle1.training.run import run
+
+CONF = Path(__file__).parents[2] / "conf"
+TINY = {
+    "common": [
+        "image_size=16",
+        "grid_size=2",
+        "image_vocab_size=16",
+        "text_vocab_size=300",
+        "text_seq_len=64",
+        "callbacks.checkpoint.every_n_steps=4",
+        "trainer.val_check_interval=4",
+        "trainer.log_every_n_steps=1",
+        "trainer.accelerator=cpu",
+    ],
+    "tokenizer": [],
+    "dvae": [
+        *("model.n_hid=16", "model.n_init=16", "optim.max_steps=8", "optim.warmup_steps=1", "optim.batch_size=4"),
+        *("optim.codebook_start_step=3", "optim.codebook_start_pictures=16", "optim.temperature_steps=6"),
+    ],
+    "clip": [
+        *("model.image_width=16", "model.image_layers=1", "model.text_width=16", "model.text_layers=1"),
+        *("model.patch_size=8", "optim.max_steps=8", "optim.warmup_steps=1", "optim.batch_size=4"),
+    ],
+    "transformer": [
+        *("model.d_model=16", "model.n_layers=2", "model.n_heads=2"),
+        *("optim.max_steps=8", "optim.warmup_steps=1", "optim.batch_size=4"),
+    ],
+}
+Train = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # Bit-exact comparisons and tiny sizes: threads would only add noise and time.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with 40 training, 8 validation and 8 test scenes of 16 x 16 pixels."""
+    directory = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(
+        ShapesRecipe(directory=str(directory), train_samples=40, val_samples=8, test_samples=8, image_size=16),
+        n_processes=1,
+    )
+    return directory
+
+
+@pytest.fixture(scope="session")
+def train(shapes: Path) -> Train:
+    """Runs a stage at toy size: `train(results_dir, "dvae", "optim.max_steps=4")` returns its summary."""
+
+    def train(results: Path, stage: str, *overrides: str) -> dict[str, Any]:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose(
+                "train",
+                overrides=[
+                    f"stage={stage}",
+                    *TINY["common"],
+                    *TINY[stage],
+                    "name=test",
+                    f"results_dir={results}",
+                    f"run_dir={results / stage}",
+                    "data.recipe=null",
+                    f"data.train={shapes}/train-*.tar",
+                    f"data.val={shapes}/val-*.tar",
+                    *overrides,
+                ],
+            )
+        return run(cfg)
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def trained(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of all four stages, trained for 8 steps; tests must not change them."""
+    results = tmp_path_factory.mktemp("results")
+    for stage in ("tokenizer", "dvae", "clip", "transformer"):
+        train(results, stage)
+    return results

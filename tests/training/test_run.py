@@ -1,0 +1,215 @@
+"""Stages from the real configuration at toy size: what they write, resuming, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dalle1.checkpoint import load_clip, load_dvae, load_transformer, read_checkpoint, weights_sha256
+from dalle1.data.shards import ShardIndex
+from dalle1.evaluation.report import format_report, make_report
+from dalle1.sampling.filters import SamplingConfig
+
+Train = Callable[..., dict[str, Any]]
+STAGES = ("dvae", "clip", "transformer")
+
+
+def last(results: Path, stage: str) -> Path:
+    return results / stage / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_writes_all_it_promises(trained: Path, stage: str) -> None:
+    names = {path.name for path in (trained / stage).iterdir()}
+    assert {"checkpoints", "config.yaml", "curves.png", "logs", "summary.json"} <= names
+    assert not list((trained / stage).rglob("*.partial"))
+    summary = json.loads((trained / stage / "summary.json").read_text())
+    assert summary["step"] == 8
+    assert summary["wall_seconds"] > 0
+
+
+def test_pictures_are_drawn_at_every_validation(trained: Path) -> None:
+    for stage in ("dvae", "transformer"):
+        assert {path.name for path in (trained / stage / "pictures").iterdir()} == {"step0000004.png", "step0000008.png"}
+
+
+def test_checkpoints_rebuild_their_models(trained: Path) -> None:
+    dvae, clip, transformer = (
+        load_dvae(last(trained, "dvae")),
+        load_clip(last(trained, "clip")),
+        load_transformer(last(trained, "transformer")),
+    )
+    assert transformer.dvae_sha256 == dvae.sha256
+    assert clip.text_tokenizer is not None
+    assert transformer.text_tokenizer is not None
+    assert clip.text_tokenizer.sha256 == transformer.text_tokenizer.sha256
+    assert transformer.model.config.grid_width == 2
+    # Sampling uses the averaged weights, which differ from the last ones.
+    raw = {
+        name.removeprefix("model."): tensor
+        for name, tensor in read_checkpoint(last(trained, "dvae"))["state_dict"].items()
+    }
+    assert weights_sha256(raw) != dvae.sha256
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit(
+    train: Train, trained: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for earlier in ("tokenizer", "dvae"):
+        if earlier != stage:
+            shutil.copytree(trained / earlier, tmp_path / earlier)
+    save, saved = torch.save, []
+
+    def stop_after_first(content: object, file: object) -> None:
+        save(content, file)
+        saved.append(content)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    # The process dies right after the checkpoint of step 4, before its file has its name.
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", stop_after_first)
+        with pytest.raises(BaseException):  # noqa: B017, PT011
+            train(tmp_path, stage)
+    assert not last(tmp_path, stage).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_end", stop_at_step(6))
+        with pytest.raises(SystemExit):
+            train(tmp_path, stage)
+    assert read_checkpoint(last(tmp_path, stage))["global_step"] == 4
+
+    train(tmp_path, stage)
+
+    whole, resumed = read_checkpoint(last(trained, stage)), read_checkpoint(last(tmp_path, stage))
+    assert resumed["global_step"] == whole["global_step"] == 8
+    for part in ("state_dict", "ema"):
+        assert weights_sha256(resumed[part]) == weights_sha256(whole[part])
+    for mine, other in zip(resumed["optimizer_states"], whole["optimizer_states"], strict=True):
+        for name, state in other["state"].items():
+            assert torch.equal(mine["state"][name]["exp_avg_sq"], state["exp_avg_sq"])
+
+
+def stop_at_step(step: int) -> Callable[..., None]:
+    """The checkpoint callback's own work, and then a dead process after update `step`."""
+    from dalle1.training.callbacks import LastCheckpoint
+
+    work = LastCheckpoint.on_train_batch_end
+
+    def on_train_batch_end(self: Any, trainer: Any, *rest: Any) -> None:
+        work(self, trainer, *rest)
+        if trainer.global_step == step:
+            raise SystemExit(1)
+
+    return on_train_batch_end
+
+
+def test_finished_stage_is_left_alone(train: Train, trained: Path) -> None:
+    before = last(trained, "dvae").stat().st_mtime_ns
+    summary = (trained / "dvae" / "summary.json").read_text()
+    assert train(trained, "dvae") == json.loads(summary)
+    assert last(trained, "dvae").stat().st_mtime_ns == before
+    assert (trained / "dvae" / "summary.json").read_text() == summary
+
+
+def test_run_goes_on_when_more_steps_are_asked_for(train: Train, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "dvae", tmp_path / "dvae")
+    assert train(tmp_path, "dvae", "optim.max_steps=10")["step"] == 10
+
+
+def test_run_of_another_model_is_refused(train: Train, trained: Path) -> None:
+    with pytest.raises(ValueError, match="was trained with another model_config; delete that run, or choose another"):
+        train(trained, "dvae", "model.n_hid=32", "model.n_init=32")
+
+
+def test_tokenizer_of_another_size_is_refused(train: Train, trained: Path) -> None:
+    with pytest.raises(ValueError, match="vocab_size=300.*not .*vocab_size=400"):
+        train(trained, "tokenizer", "text_vocab_size=400")
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("clip", "no text tokenizer at .*; run 'python train.py stage=tokenizer' first"),
+        ("transformer", "no text tokenizer at .*; run 'python train.py stage=tokenizer' first"),
+    ],
+)
+def test_missing_tokenizer_names_the_stage_to_run(train: Train, tmp_path: Path, stage: str, message: str) -> None:
+    with pytest.raises(FileNotFoundError, match=message):
+        train(tmp_path, stage)
+    assert not (tmp_path / stage).exists()
+
+
+def test_missing_dvae_names_the_stage_to_run(train: Train, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
+    with pytest.raises(FileNotFoundError, match="needs a trained dVAE.*run 'python train.py stage=dvae' first"):
+        train(tmp_path, "transformer")
+    assert not (tmp_path / "transformer").exists()
+
+
+def test_other_checkpoint_than_a_dvae_is_refused(train: Train, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="must hold a dvae, got a clip"):
+        train(tmp_path, "transformer", f"dvae={last(trained, 'clip')}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("image_vocab_size=17", "image_vocab_size must be 16, as its tokenizers and data have it, got 17"),
+        ("text_seq_len=63", "text_seq_len must be 64, .*got 63; set model.text_seq_len=64"),
+        ("grid_size=3", "grid_height must be 2, .*got 3"),
+        ("image_size=20", "image_size must be a multiple of 8, the dVAE's downsampling, got 20"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(
+    train: Train, trained: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    for stage in ("tokenizer", "dvae"):
+        shutil.copytree(trained / stage, tmp_path / stage)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, "transformer", override)
+    assert not (tmp_path / "transformer").exists()
+
+
+def test_caption_too_long_is_an_error_or_cut_by_option(train: Train, tmp_path: Path) -> None:
+    short = "text_seq_len=3"
+    train(tmp_path, "tokenizer", short)
+    with pytest.raises(ValueError, match="caption must have at most 3 tokens, got .*data.on_bad_sample=skip"):
+        train(tmp_path, "clip", short)
+    shutil.rmtree(tmp_path / "clip")
+    assert train(tmp_path, "clip", short, "truncate_captions=true")["step"] == 8
+
+
+def test_overfits_one_batch(train: Train, tmp_path: Path, shapes: Path) -> None:
+    quick = ["optim.max_steps=150", "trainer.val_check_interval=150", "optim.ema_decay=0", "optim.lr=0.01"]
+    few = ["+trainer.overfit_batches=1"]
+    train(tmp_path, "tokenizer")
+    train(tmp_path, "dvae", *quick, "optim.codebook_start_step=20", *few)
+    summary = train(tmp_path, "transformer", *quick, *few)
+    logged = (tmp_path / "transformer" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    column = logged[0].split(",").index("train/image_nats_per_token")
+    losses = [float(row.split(",")[column]) for row in logged[1:] if row.split(",")[column]]
+    assert losses[0] > 2.0  # ln 16 = 2.77 for a guess
+    assert losses[-1] < 0.1
+    assert summary["step"] == 150
+
+
+def test_report_has_the_promised_keys(trained: Path, shapes: Path) -> None:
+    prompts = list(dict.fromkeys(ShardIndex(f"{shapes}/test-*.tar").captions()))[:4]
+    report = make_report(trained, prompts, candidates=16, sampling=SamplingConfig(), seed=0)
+    for key in ("wall_seconds", "psnr_db", "text_nats_per_token", "image_nats_per_token"):
+        assert isinstance(report[key], float)
+    for key in ("codes_used_share", "prompt_accuracy_single", "prompt_accuracy_best_of_16"):
+        assert 0 <= report[key] <= 1
+    assert all(Path(grid).is_file() for grid in report["grids"])
+    table = format_report(report)
+    assert "whole prompt" in table
+    assert "best of 16 by CLIP" in table
+    json.dumps(report)
