@@ -10,6 +10,8 @@ from dalle1.cli import run_script
 def sample(cfg: DictConfig) -> None:
     """Do what the configuration asks for, and say where the pictures are."""
     # Imported here, so that --help and mistyped options answer at once.
+    from dataclasses import asdict, replace
+
     from dalle1.pipeline import Pipeline, choose_device
     from dalle1.results import check_directory, default_directory, write_run
     from dalle1.sampling.filters import SamplingConfig
@@ -18,14 +20,19 @@ def sample(cfg: DictConfig) -> None:
 
     prompts = read_prompts(cfg.prompt, cfg.prompts_file)
     settings = {"candidates": cfg.candidates, "seed": cfg.seed, "batch_size": cfg.batch_size}
-    sampling = SamplingConfig(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+    guidance_scale = 1.0 if cfg.guidance_scale is None else cfg.guidance_scale
+    sampling = SamplingConfig(
+        temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, guidance_scale=guidance_scale
+    )
     out = None if cfg.out is None else check_directory(cfg.out)
     device = choose_device(cfg.device)
     pipeline = Pipeline.from_checkpoints(transformer=cfg.transformer, dvae=cfg.dvae, clip=clip_path(cfg)).to(device)
+    if cfg.guidance_scale is None:
+        sampling = replace(sampling, guidance_scale=pipeline.default_guidance_scale)
     with progress_bar() as on_progress:
         results = pipeline(prompts, sampling=sampling, on_progress=on_progress, **settings)
     out = out or default_directory(f"runs/{cfg.name}/samples", prompts)
-    print(write_run(results, out, settings=dict(cfg), checkpoints=pipeline.checkpoints))
+    print(write_run(results, out, settings=dict(cfg) | asdict(sampling), checkpoints=pipeline.checkpoints))
 
 
 def clip_path(cfg: DictConfig) -> str | None:

@@ -136,7 +136,9 @@ def test_file_without_a_record_is_refused(tmp_path: Path, content: object) -> No
 
 def test_record_without_its_parts_is_refused(tmp_path: Path) -> None:
     torch.save({"dalle1": {"format_version": 1, "kind": "dvae", "model_config": {}}}, tmp_path / "part.ckpt")
-    with pytest.raises(ValueError, match="it lacks text_tokenizer, dvae_sha256, state_dict, global_step"):
+    with pytest.raises(
+        ValueError, match="it lacks text_tokenizer, dvae_sha256, caption_dropout, state_dict, global_step"
+    ):
         read_checkpoint(tmp_path / "part.ckpt")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
 from dalle1.data.datamodule import DataConfig
@@ -75,6 +77,18 @@ def test_every_yaml_is_covered() -> None:
     assert {path.parent.parent for path in CONF.rglob("*/*.yaml")} == {CONF}, "a file deeper than one group"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [path for group in ("model", "optim", "data") for path in sorted((CONF / group).glob("*.yaml"))],
+    ids=lambda path: f"{path.parent.name}={path.stem}",
+)
+def test_every_field_of_a_configuration_is_written_down(path: Path) -> None:
+    # Else `--help` would not show it, and the command line could set it only with a `+`.
+    content = yaml.safe_load(path.read_text())
+    fields = {field.name for field in dataclasses.fields(get_class(content["_target_"]))}
+    assert content.keys() - {"_target_"} == fields
+
+
 def test_paper_models_have_the_papers_sizes() -> None:
     dvae = build(composed("stage=dvae", "experiment=paper", *SHARDS), "model", DVAEConfig)
     transformer = build(composed("stage=transformer", "experiment=paper", *SHARDS), "model", TransformerConfig)
@@ -101,12 +115,12 @@ def test_experiment_overrides_groups_and_the_command_line_overrides_the_experime
 
 
 def test_missing_stage_lists_the_choices() -> None:
-    with pytest.raises(ConfigCompositionException, match="(?s)stage.*clip.*dvae.*tokenizer.*transformer"):
+    with pytest.raises(ConfigCompositionException, match=r"(?s)stage.*clip.*dvae.*tokenizer.*transformer"):
         compose("train")
 
 
 def test_unknown_choice_lists_the_choices() -> None:
-    with pytest.raises(MissingConfigException, match="(?s)stage/dvea.*clip.*dvae"):
+    with pytest.raises(MissingConfigException, match=r"(?s)stage/dvea.*clip.*dvae"):
         composed("stage=dvea")
 
 

@@ -60,6 +60,23 @@ def test_sampling_settings_are_used(pipeline: Pipeline) -> None:
     assert (result.image_tokens == result.image_tokens[0]).all(), "with one possible code all candidates are equal"
 
 
+def test_guidance_needs_a_transformer_that_was_trained_for_it(pipeline: Pipeline) -> None:
+    guided = SamplingConfig(guidance_scale=3)
+    with pytest.raises(ValueError, match=r"guidance needs .* optim\.caption_dropout > 0"):
+        pipeline(["a"], sampling=guided)
+    assert pipeline.default_guidance_scale == 1
+
+    trained = replace(pipeline.transformer, caption_dropout=0.1)
+    able = Pipeline(trained, pipeline.image_tokenizer)
+    assert able.default_guidance_scale > 1
+    prompt = ["two green stars"]
+    tokens = [
+        pipe(prompt, candidates=9, sampling=how)[0].image_tokens
+        for pipe, how in ((able, guided), (pipeline, SamplingConfig()))
+    ]
+    assert not torch.equal(*tokens)
+
+
 def test_candidates_are_sorted_by_their_score(ranking_pipeline: Pipeline, pipeline: Pipeline) -> None:
     ranked = ranking_pipeline(["a red circle"], candidates=6)[0]
     unranked = pipeline(["a red circle"], candidates=6)[0]

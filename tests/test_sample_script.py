@@ -104,6 +104,7 @@ def test_prompts_file_without_ranking(work: Path, sample: Callable[..., None]) -
         (["prompt=a", "candidates=0"], "candidates must be >= 1, got 0"),
         (["prompt=a", "candidates=many"], "candidates must be an integer >= 1, got 'many'"),
         (["prompt=a", "temperature=0"], "temperature must be a finite number > 0, got 0"),
+        (["prompt=a", "guidance_scale=2"], "guidance needs a transformer trained with optim.caption_dropout > 0"),
         (["prompt=a", "rerank=best"], "rerank must be clip or none, got 'best'"),
         (
             ["prompt=a", "clip=nothing.ckpt"],

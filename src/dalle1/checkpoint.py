@@ -1,6 +1,6 @@
 """Checkpoints that rebuild their model: a Lightning file plus one plain `dalle1` record.
 
-The record holds all that using the model needs (kind, configuration, text tokenizer, hash of the dVAE), so a
+The record holds all that using the model needs (kind, configuration, text tokenizer, hash of the dVAE, ...), so a
 file loads without the configuration of its run, and always with `weights_only=True`: nothing in it can execute.
 Weights are the averaged ones where training kept an average.
 """
@@ -25,7 +25,7 @@ from dalle1.tokenizers.text import TextTokenizer
 FORMAT_VERSION = 1
 RECORD_KEY = "dalle1"
 EMA_KEY = "ema"
-_RECORD_FIELDS = ("kind", "model_config", "text_tokenizer", "dvae_sha256")
+_RECORD_FIELDS = ("kind", "model_config", "text_tokenizer", "dvae_sha256", "caption_dropout")
 # Lightning modules hold the trained network under this name.
 _MODEL_PREFIX = "model."
 
@@ -46,6 +46,7 @@ class Loaded(Generic[Model]):
     step: int  # optimizer steps that it was trained for
     text_tokenizer: TextTokenizer | None
     dvae_sha256: str | None  # the dVAE whose tokens a transformer was trained on
+    caption_dropout: float  # share of captions left out in training; above 0 allows guidance
 
 
 def make_record(
@@ -53,6 +54,7 @@ def make_record(
     *,
     text_tokenizer: TextTokenizer | None = None,
     dvae_sha256: str | None = None,
+    caption_dropout: float = 0.0,
 ) -> dict[str, Any]:
     """The plain-type record that rebuilds `model` (see the module's docstring)."""
     kind = next(name for name, (_, model_type) in _KINDS.items() if isinstance(model, model_type))
@@ -62,6 +64,7 @@ def make_record(
         "model_config": asdict(model.config),
         "text_tokenizer": text_tokenizer.to_dict() if text_tokenizer else None,
         "dvae_sha256": dvae_sha256,
+        "caption_dropout": caption_dropout,
     }
 
 
@@ -164,4 +167,5 @@ def _load(path: str | Path, kind: str) -> Loaded[Any]:
         step=content["global_step"],
         text_tokenizer=TextTokenizer.from_dict(tokenizer) if tokenizer else None,
         dvae_sha256=record["dvae_sha256"],
+        caption_dropout=record["caption_dropout"],
     )

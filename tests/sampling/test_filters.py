@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dalle1.sampling.filters import SamplingConfig, apply_temperature, filter_logits, keep_top_k, keep_top_p
+from dalle1.sampling.filters import (
+    SamplingConfig,
+    apply_temperature,
+    filter_logits,
+    guide,
+    keep_top_k,
+    keep_top_p,
+)
 
 LOGITS = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2], [0.2, 0.2, 0.2, 0.2, 0.2]], dtype=torch.float64).log()
 
@@ -72,6 +79,13 @@ def test_default_settings_keep_the_distribution() -> None:
     torch.testing.assert_close(filter_logits(LOGITS, SamplingConfig()).softmax(-1), LOGITS.softmax(-1))
 
 
+def test_guidance_goes_from_no_caption_to_the_caption_and_beyond() -> None:
+    told, untold = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.5]])
+    assert guide(told, untold, 0).tolist() == untold.tolist()
+    assert guide(told, untold, 1).tolist() == told.tolist()
+    assert guide(told, untold, 3).tolist() == [[3.0, -1.0]]
+
+
 _ROWS = st.lists(st.floats(-5, 5, width=16), min_size=1, max_size=12)
 
 
@@ -97,6 +111,8 @@ def test_filters_agree_with_sorting_the_codes_one_by_one(row: list[float], top_k
         ({"temperature": math.nan}, ValueError, "temperature must be a finite number > 0, got nan"),
         ({"temperature": math.inf}, ValueError, "temperature must be a finite number > 0, got inf"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
+        ({"guidance_scale": -1}, ValueError, "guidance_scale must be a finite number >= 0, got -1"),
+        ({"guidance_scale": math.inf}, ValueError, "guidance_scale must be a finite number >= 0, got inf"),
         ({"top_k": -1}, ValueError, r"top_k must be >= 0 \(0 means all codes\), got -1"),
         ({"top_k": 0.9}, TypeError, "top_k must be a whole number, got 0.9"),
         ({"top_p": 0}, ValueError, r"top_p must be in \(0, 1\] \(1 means all codes\), got 0"),

@@ -45,6 +45,33 @@ def test_tokens_equal_those_of_a_loop_without_cache(transformer: DalleTransforme
         assert tokens[prompt, candidate].tolist() == drawn[0].tolist()
 
 
+def test_guided_tokens_equal_those_of_a_loop_without_cache(transformer: DalleTransformer) -> None:
+    text, scale = _text(transformer, 2), 2.5
+    tokens = generate(transformer, text, seeds=[[11], [12]], config=SamplingConfig(guidance_scale=scale)).flatten(1)
+    size, length = transformer.config.text_vocab_size, transformer.config.text_seq_len
+    no_caption = torch.tensor([[size + position for position in range(length)]])
+    for prompt, seed in enumerate((11, 12)):
+        stream = torch.rand(12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        drawn = torch.zeros(1, 12, dtype=torch.int64)
+        for position in range(12):
+            with torch.inference_mode():
+                told = transformer(text[prompt : prompt + 1], drawn)[1][0, position].double().log_softmax(0)
+                untold = transformer(no_caption, drawn)[1][0, position].double().log_softmax(0)
+            # In probabilities: p(code | caption)^scale * p(code)^(1 - scale), normalised.
+            logits = scale * told + (1 - scale) * untold
+            drawn[0, position] = draw_codes(logits[None], stream[position : position + 1])
+        assert tokens[prompt].tolist() == drawn[0].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 17])
+def test_guided_tokens_do_not_depend_on_the_batch_size(transformer: DalleTransformer, batch_size: int) -> None:
+    text, config = _text(transformer, 2), SamplingConfig(guidance_scale=1.5)
+    seeds = [candidate_seeds(1, str(prompt), 7) for prompt in range(2)]
+    expected = generate(transformer, text, seeds=seeds, config=config)
+    assert not torch.equal(generate(transformer, text, seeds=seeds), expected)
+    assert torch.equal(generate(transformer, text, seeds=seeds, config=config, batch_size=batch_size), expected)
+
+
 def test_tokens_do_not_depend_on_the_number_of_candidates(transformer: DalleTransformer) -> None:
     text, seeds = _text(transformer, 1), candidate_seeds(0, "a", 40)
     expected = generate(transformer, text, seeds=[seeds])

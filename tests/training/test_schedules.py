@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from dalle1.training.optim import OptimConfig
@@ -49,7 +51,7 @@ def test_learning_rate_warms_up_peaks_and_ends() -> None:
     assert rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[60] == pytest.approx(0.55)
     assert rates[110:] == [0.1] * 90
-    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates[10:]))
 
 
 def test_constant_rate_is_constant_after_warm_up() -> None:
@@ -81,5 +83,5 @@ def test_number_out_of_range_is_named(change: dict[str, float], message: str) ->
 
 
 def test_number_in_quotes_is_refused() -> None:
-    with pytest.raises(TypeError, match="OptimConfig.max_steps must be a whole number, got '10'"):
+    with pytest.raises(TypeError, match=r"OptimConfig.max_steps must be a whole number, got '10'"):
         OptimConfig(**(NUMBERS | {"max_steps": "10"}))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -339,7 +339,7 @@ def contradict(claim: Claim, rng: np.random.Generator) -> Claim:
     return replace(claim, things=tuple(things))
 
 
-@lru_cache(maxsize=None)
+@cache
 def outline(shape: str) -> tuple[tuple[float, float], ...]:
     """Corners of a shape inside the unit circle, y pointing down; empty for the round ones."""
     if shape == "square":
@@ -353,7 +353,20 @@ def outline(shape: str) -> tuple[tuple[float, float], ...]:
         return tuple((radius * math.sin(angle), -radius * math.cos(angle)) for radius, angle in turns)
     if shape == "cross":
         a, b = 0.98, 0.32
-        return ((-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b))
+        return (
+            (-b, -a),
+            (b, -a),
+            (b, -b),
+            (a, -b),
+            (a, b),
+            (b, b),
+            (b, a),
+            (-b, a),
+            (-b, b),
+            (-a, b),
+            (-a, -b),
+            (-b, -b),
+        )
     return ()
 
 

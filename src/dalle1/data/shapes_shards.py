@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm  # type: ignore[import-untyped]
-from webdataset import TarWriter  # type: ignore[import-untyped]
+from tqdm import tqdm
+from webdataset import TarWriter
 
 from dalle1.data.fields import require_int
 from dalle1.data.shapes import SceneMix, draw, make_sample
@@ -132,7 +132,7 @@ def _write_shards(recipe: ShapesRecipe, directory: Path, n_processes: int | None
             _advance(bar, pool.map(write, shards))
 
 
-def _advance(bar: tqdm, written: Iterable[int]) -> None:
+def _advance(bar: tqdm[Any], written: Iterable[int]) -> None:
     for n_samples in written:
         bar.update(n_samples)
 

@@ -10,11 +10,13 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tabulate import tabulate
 
 from dalle1.cli import errors_in_one_line
@@ -40,7 +42,9 @@ def make_report(
     summaries = {stage: _read_summary(results_dir / stage) for stage in STAGES}
     last = Path("checkpoints") / "last.ckpt"
     pipeline = Pipeline.from_checkpoints(
-        transformer=results_dir / "transformer" / last, dvae=results_dir / "dvae" / last, clip=results_dir / "clip" / last
+        transformer=results_dir / "transformer" / last,
+        dvae=results_dir / "dvae" / last,
+        clip=results_dir / "clip" / last,
     )
     with progress_bar() as on_progress:
         results = pipeline(
@@ -64,8 +68,8 @@ def make_report(
         f"prompt_accuracy_best_of_{candidates}": best["prompt"],
         "accuracy_single": single,
         f"accuracy_best_of_{candidates}": best,
-        "accuracy_best_of_by_kind": _by_kind(prompts, [items[0] for items in scores]),
-        "sampling": {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p},
+        "accuracy_best_of_by_kind": _by_kind([items[0] for items in scores]),
+        "sampling": asdict(sampling),
         "grids": [str(grid) for grid in grids],
     }
 
@@ -117,10 +121,10 @@ def _score_candidates(result: PromptResult) -> list[Score]:
     return [score(picture, result.prompt) for picture in to_pixels(result.images)]
 
 
-def _by_kind(prompts: Sequence[str], scores: Sequence[Score]) -> dict[str, float]:
+def _by_kind(scores: Sequence[Score]) -> dict[str, float]:
     """Whole-prompt accuracy of prompts with one object, with a relation, and with a count."""
     kinds: dict[str, list[bool]] = {}
-    for prompt, item in zip(prompts, scores, strict=True):
+    for item in scores:
         kind = "pair" if "relation" in item.attributes else "count" if len(item.objects_right) > 1 else "single"
         kinds.setdefault(kind, []).append(item.right)
     return {kind: float(np.mean(values)) for kind, values in sorted(kinds.items())}
@@ -128,13 +132,14 @@ def _by_kind(prompts: Sequence[str], scores: Sequence[Score]) -> dict[str, float
 
 def _draw(results: Sequence[PromptResult], scores: Sequence[Sequence[Score]], directory: Path) -> list[Path]:
     """Two grids: all candidates of the first prompts, and the best candidate of many."""
-    from PIL import Image
-
     candidates = [
         GridBlock(
             title=result.prompt,
             pictures=[Image.fromarray(picture) for picture in to_pixels(result.images)],
-            captions=[f"{value:.3f} {'right' if item.right else 'wrong'}" for value, item in zip(result.scores or [], items, strict=True)],
+            captions=[
+                f"{value:.3f} {'right' if item.right else 'wrong'}"
+                for value, item in zip(result.scores or [], items, strict=True)
+            ],
         )
         for result, items in list(zip(results, scores, strict=True))[:4]
     ]
@@ -160,6 +165,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256, help="how many of them")
     parser.add_argument("--candidates", type=int, default=16, help="samples per prompt")
     parser.add_argument("--temperature", type=float, default=0.7, help="of sampling")
+    parser.add_argument("--guidance-scale", type=float, default=1.5, help="of sampling")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -167,7 +173,7 @@ def main() -> None:
         options.results,
         held_out_prompts(options.shards, options.prompts),
         candidates=options.candidates,
-        sampling=SamplingConfig(temperature=options.temperature),
+        sampling=SamplingConfig(temperature=options.temperature, guidance_scale=options.guidance_scale),
         seed=options.seed,
     )
     path = options.results / "report.json"

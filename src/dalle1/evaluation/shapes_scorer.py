@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -110,7 +110,7 @@ def _nearest_color(color: np.ndarray, palette: Mapping[str, tuple[int, int, int]
     return min(palette, key=lambda name: float(np.sum((color - np.array(palette[name])) ** 2)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unit_shape(shape: str) -> tuple[float, float]:
     """Area over radius^2, and how far the centroid lies below the centre over radius."""
     mask = shapes.coverage(shape, 128, 128, 100, 256)
@@ -176,7 +176,10 @@ def _compare(seen: Seen, claim: shapes.Claim) -> Score:
 
 def _attributes_of(thing: shapes.Thing, item: SeenObject | None) -> dict[str, bool]:
     """Which of one thing's stated attributes one seen object has."""
-    row = {"color": item is not None and item.color == thing.color, "shape": item is not None and item.shape == thing.shape}
+    row = {
+        "color": item is not None and item.color == thing.color,
+        "shape": item is not None and item.shape == thing.shape,
+    }
     if thing.size:
         row["size"] = item is not None and item.size == thing.size
     if thing.place:
@@ -185,7 +188,9 @@ def _attributes_of(thing: shapes.Thing, item: SeenObject | None) -> dict[str, bo
 
 
 def _place_of(item: SeenObject) -> str:
-    return min(shapes.PLACES, key=lambda name: np.hypot(item.x - shapes.PLACES[name][0], item.y - shapes.PLACES[name][1]))
+    return min(
+        shapes.PLACES, key=lambda name: np.hypot(item.x - shapes.PLACES[name][0], item.y - shapes.PLACES[name][1])
+    )
 
 
 def _relation_holds(seen: Seen, claim: shapes.Claim) -> bool:

@@ -69,6 +69,7 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
     """A same-size convolution with the paper's init: weight N(0, 1 / fan_in), bias 0."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=(kernel_size - 1) // 2)
     nn.init.normal_(conv.weight, std=1 / math.sqrt(in_channels * kernel_size**2))
+    assert conv.bias is not None, "nn.Conv2d has one by default"
     nn.init.zeros_(conv.bias)
     return conv
 

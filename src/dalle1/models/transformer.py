@@ -70,7 +70,10 @@ class TransformerConfig:
     @property
     def layer_patterns(self) -> tuple[AttentionPattern, ...]:
         """Attention pattern of each layer, first to last."""
-        return paper_layer_patterns(self.n_layers) if self.attention == "paper" else ("full",) * self.n_layers
+        if self.attention == "paper":
+            return paper_layer_patterns(self.n_layers)
+        full: AttentionPattern = "full"
+        return (full,) * self.n_layers
 
 
 # Standard deviation of the image head's weights when it starts from the dVAE's codes: first logits of about 1.
@@ -198,6 +201,11 @@ class DalleTransformer(nn.Module):
             mask = stream_mask(image_mask(offsets, config.image_seq_len), 1 + config.text_seq_len)
             self._masks[pattern, device] = mask.to(device)
         return self._masks[pattern, device]
+
+    def empty_text(self) -> Int[Tensor, "1 t"]:
+        """The tokens of no caption: padding at every position."""
+        first, count = self.config.text_vocab_size, self.config.text_seq_len
+        return torch.arange(first, first + count, device=self.start.device)[None]
 
     def embed_text(self, text_tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t1 d"]:
         """The start state, then the text states."""

@@ -21,11 +21,16 @@ class SamplingConfig:
     temperature: float = 1.0  # below 1: safer pictures, above 1: more varied ones
     top_k: int = 0  # codes that stay possible at each position; 0 means all
     top_p: float = 1.0  # probability that the codes left possible must reach together; 1 means all
+    # Classifier-free guidance (Ho and Salimans 2022): how far to go from the logits without the caption to those
+    # with it. 1 is the model's own distribution; above 1 fits the caption better and varies less.
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_field_types(self)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"SamplingConfig.temperature must be a finite number > 0, got {self.temperature}")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"SamplingConfig.guidance_scale must be a finite number >= 0, got {self.guidance_scale}")
         if self.top_k < 0:
             raise ValueError(f"SamplingConfig.top_k must be >= 0 (0 means all codes), got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -33,6 +38,15 @@ class SamplingConfig:
 
 
 DEFAULT_SAMPLING = SamplingConfig()
+
+
+def guide(
+    with_caption: Float[Tensor, "b v"], without: Float[Tensor, "b v"], guidance_scale: float
+) -> Float[Tensor, "b v"]:
+    """Logits moved from those without the caption towards those with it, and beyond for a scale above 1.
+
+    Normalising either first would change nothing: the distribution does not depend on a constant per row."""
+    return without + guidance_scale * (with_caption - without)
 
 
 def filter_logits(logits: Float[Tensor, "b v"], config: SamplingConfig) -> Float[Tensor, "b v"]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dalle1.models.kv_cache import KVCache
 from dalle1.models.transformer import DalleTransformer
-from dalle1.sampling.filters import DEFAULT_SAMPLING, SamplingConfig, filter_logits
+from dalle1.sampling.filters import DEFAULT_SAMPLING, SamplingConfig, filter_logits, guide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,9 @@ class Progress:
     candidates_done: int
     candidates: int
 
+
+# Logits of the first image token, and the cache to continue from.
+_Prefilled = tuple[Tensor, KVCache]
 
 # Rows that matrix products are filled up to a multiple of; see the module's docstring.
 ROW_MULTIPLE = 16
@@ -68,8 +71,9 @@ def generate(
         transformer: In evaluation mode, on the device of `text_tokens`.
         text_tokens: Padded prompts, as the text tokenizer gives them.
         seeds: One list per prompt with one seed per candidate, all lists of the same length.
-        config: Temperature and truncation of the distribution.
-        batch_size: Sequences decoded at once; time and memory depend on it, the tokens do not.
+        config: Temperature, truncation and guidance of the distribution.
+        batch_size: Sequences decoded at once, twice as many rows with guidance; time and memory depend on it, the
+            tokens do not.
         on_progress: Called after each step.
 
     Raises:
@@ -79,7 +83,8 @@ def generate(
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     sequences = _sequences(seeds, n_prompts=len(text_tokens))
     length, device = transformer.config.image_seq_len, text_tokens.device
-    prefilled: dict[int, tuple[Tensor, KVCache]] = {}
+    prefilled: dict[int, _Prefilled] = {}
+    empty = transformer.prefill(transformer.empty_text()) if config.guidance_scale != 1 else None
     tokens = torch.empty(len(sequences), length, dtype=torch.int64, device=device)
     for first in range(0, len(sequences), batch_size):
         batch = sequences[first : first + batch_size]
@@ -90,7 +95,7 @@ def generate(
         }
         starts = [prefilled[prompt] for prompt, _ in batch]
         uniforms = _uniforms([seed for _, seed in batch], length).to(device)
-        for position, column in enumerate(_decode(transformer, starts, uniforms, config)):
+        for position, column in enumerate(_decode(transformer, starts, empty, uniforms, config)):
             tokens[first : first + len(batch), position] = column
             if on_progress:
                 progress = Progress(
@@ -119,21 +124,30 @@ def _uniforms(seeds: Sequence[int], length: int) -> Float[Tensor, "b n"]:
 
 def _decode(
     transformer: DalleTransformer,
-    starts: Sequence[tuple[Tensor, KVCache]],
+    starts: Sequence[_Prefilled],
+    empty: _Prefilled | None,
     uniforms: Float[Tensor, "b n"],
     config: SamplingConfig,
 ) -> Iterator[Int[Tensor, " b"]]:
-    """Tokens of one position after the other, from each sequence's prefilled text and random numbers."""
+    """Tokens of one position after the other, from each sequence's prefilled text and random numbers.
+
+    With `empty`, the prefilled text without a caption, every sequence is decoded a second time without its
+    caption, in rows that follow all the others, and its logits are guided away from those.
+    """
     wanted = len(starts)
     padded = [starts[min(row, wanted - 1)] for row in range(wanted + -wanted % ROW_MULTIPLE)]
     uniforms = torch.cat([uniforms, uniforms[-1:].expand(len(padded) - wanted, -1)])
-    logits = torch.cat([first_logits for first_logits, _ in padded])
-    cache = KVCache.cat([text_cache for _, text_cache in padded])
+    rows = padded if empty is None else padded + [empty] * len(padded)
+    logits = torch.cat([first_logits for first_logits, _ in rows])
+    cache = KVCache.cat([text_cache for _, text_cache in rows])
     for position, column in enumerate(uniforms.T.contiguous(), start=1):
-        tokens = draw_codes(filter_logits(logits.double(), config), column)
+        logits = logits.double()
+        if empty is not None:
+            logits = guide(*logits.chunk(2), config.guidance_scale)
+        tokens = draw_codes(filter_logits(logits, config), column)
         yield tokens[:wanted]
         if position < uniforms.shape[1]:
-            logits = transformer.decode(tokens, cache)
+            logits = transformer.decode(tokens if empty is None else tokens.repeat(2), cache)
 
 
 def draw_codes(logits: Float[Tensor, "b v"], uniforms: Float[Tensor, " b"]) -> Int[Tensor, " b"]:

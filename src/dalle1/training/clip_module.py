@@ -39,7 +39,7 @@ class CLIPModule(StageModule):
         return loss
 
     def _gather(self, features: Tensor, split: str) -> Tensor:
-        """Features of all ranks, with their gradient; validation compares within each rank, whose batches may differ."""
+        """Features of all ranks, with their gradient; validation compares within a rank, as batches may differ."""
         if self.trainer.world_size == 1 or split != "train":
             return features
         gathered = self.all_gather(features, sync_grads=True)

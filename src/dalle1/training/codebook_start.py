@@ -47,7 +47,9 @@ def kmeans(
 
 
 @torch.no_grad()
-def start_codebook(dvae: DVAE, image: Float[Tensor, "b 3 h w"], *, sharpness: float, generator: torch.Generator) -> None:
+def start_codebook(
+    dvae: DVAE, image: Float[Tensor, "b 3 h w"], *, sharpness: float, generator: torch.Generator
+) -> None:
     """Set the codebook and the encoder's head of `dvae` from the features of some training pictures.
 
     Args:

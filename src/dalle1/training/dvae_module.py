@@ -38,7 +38,7 @@ class DVAEOptimConfig(OptimConfig):
     codebook_sharpness: float = 2.0
 
     def __post_init__(self) -> None:
-        super(DVAEOptimConfig, self).__post_init__()
+        super().__post_init__()
         if self.kl_weight < 0:
             raise ValueError(f"optim.kl_weight must be >= 0, got {self.kl_weight}")
         for name in ("temperature_start", "temperature_end", "codebook_sharpness"):
@@ -75,7 +75,9 @@ class DVAEModule(StageModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Start the codebook when its step has come."""
         if self.optim.codebook_start_step and self.global_step == self.optim.codebook_start_step:
-            dataset = self.trainer.train_dataloader.dataset
+            loader = self.trainer.train_dataloader
+            assert loader is not None, "a training batch has come from it"
+            dataset = loader.dataset
             count = min(self.optim.codebook_start_pictures, len(dataset))
             # Spread over the whole set; the same on every rank.
             picked = [dataset[i * len(dataset) // count]["pixels"] for i in range(count)]

@@ -61,13 +61,17 @@ class EMA(pl.Callback):
         """Put the trained weights back if validation was interrupted: a checkpoint may still be saved."""
         self.on_validation_end(trainer, pl_module)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Add the average to the checkpoint; the `state_dict` holds the trained weights even during validation."""
         checkpoint[EMA_KEY] = {name: tensor.detach().clone() for name, tensor in self._average.items()}
         for name, weight in self._trained.items():
             checkpoint["state_dict"][f"model.{name}"] = weight
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Continue the average of the checkpoint."""
         self._average = {name: tensor.clone() for name, tensor in checkpoint[EMA_KEY].items()}
 

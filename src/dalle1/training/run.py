@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from dalle1.checkpoint import RECORD_KEY, load_image_tokenizer, make_record, read_checkpoint
+from dalle1.checkpoint import RECORD_KEY, load_image_tokenizer, read_checkpoint
 from dalle1.data.datamodule import DataConfig, PairDataModule
 from dalle1.evaluation.pictures import save_curves
 from dalle1.models.clip import CLIP, CLIPConfig
@@ -50,14 +50,21 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     Raises: ValueError, TypeError or FileNotFoundError, each in one sentence, for anything that a user can cause.
     """
+    run_dir = Path(cfg.run_dir)
+    try:
+        return _run_stage(cfg, run_dir)
+    finally:
+        _remove_if_empty(run_dir)
+
+
+def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """Prepare data, seed, train or continue, write the summary."""
     stage = str(cfg.stage.name)
     started = time.monotonic()
     # A sharp softmax makes numbers so small that CPUs handle them in microcode: up to 20 times slower steps in the
     # relaxation. Before anything starts threads, which inherit the setting.
     torch.set_flush_denormal(True)
-    run_dir = Path(cfg.run_dir)
     data = PairDataModule(build(cfg, "data", DataConfig))
-    data.prepare_data()
     pl.seed_everything(cfg.seed, verbose=False)
     earlier = _read_json(run_dir / SUMMARY)
     if stage == "tokenizer":
@@ -71,6 +78,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     summary = {"stage": stage, "wall_seconds": round(seconds, 1), **metrics}
     _write_json(run_dir / SUMMARY, summary)
     return summary
+
+
+def _remove_if_empty(run_dir: Path) -> None:
+    """Remove what Hydra made for a run that never began: its directory, and parents in the working directory."""
+    here = Path.cwd()
+    for directory in (run_dir, *(parent for parent in run_dir.absolute().parents if here in parent.parents)):
+        try:
+            directory.rmdir()
+        except OSError:  # not empty, or not there
+            return
 
 
 def build(cfg: DictConfig, group: str, expected: type[T]) -> T:
@@ -98,6 +115,7 @@ def _train_tokenizer(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> di
         if made != config:
             raise ValueError(f"'{path}' was trained as {made}, not {config}; delete it or choose another name=")
         return None
+    data.prepare_data()
     captions = tqdm(data.train_captions(), desc="reading captions", unit="caption", disable=None)
     tokenizer = TextTokenizer.train(captions, config)
     _write_json(path, tokenizer.to_dict())
@@ -174,9 +192,7 @@ def _load_dvae(path: Path) -> ImageTokenizer:
     return load_image_tokenizer(path)
 
 
-def _train_network(
-    cfg: DictConfig, data: PairDataModule, module: StageModule, run_dir: Path
-) -> dict[str, Any] | None:
+def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, run_dir: Path) -> dict[str, Any] | None:
     """Train to the last step and return the validation metrics; None if an earlier run did."""
     if module.text_tokenizer is not None:
         data.encode_text = partial(module.text_tokenizer.encode, truncate=cfg.truncate_captions)
@@ -187,6 +203,7 @@ def _train_network(
             return None
         logger.info("continuing '%s' from step %d", os.path.relpath(run_dir), step)
     # All input is checked before the first file is written.
+    data.prepare_data()
     data.setup("fit")
     run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
@@ -202,9 +219,7 @@ def _train_network(
 def _check_same_run(checkpoint: Path, module: StageModule) -> int:
     """Step of an earlier run's checkpoint. Raises: ValueError if this run would train something else."""
     content = read_checkpoint(checkpoint)
-    saved, wanted = content[RECORD_KEY], make_record(
-        module.model, text_tokenizer=module.text_tokenizer, dvae_sha256=module.dvae_sha256
-    )
+    saved, wanted = content[RECORD_KEY], module.record
     changed = [name for name in wanted if saved.get(name) != wanted[name]]
     if changed:
         raise ValueError(

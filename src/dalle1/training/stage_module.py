@@ -30,6 +30,7 @@ class StageModule(pl.LightningModule):
         seed: int,
         text_tokenizer: TextTokenizer | None = None,
         dvae_sha256: str | None = None,
+        caption_dropout: float = 0.0,
     ) -> None:
         """Train `model`.
 
@@ -39,13 +40,16 @@ class StageModule(pl.LightningModule):
             seed: Decides all randomness of the training steps.
             text_tokenizer: Made the text tokens; travels in the checkpoint.
             dvae_sha256: Hash of the dVAE whose image tokens are learned; travels in the checkpoint.
+            caption_dropout: Share of captions left out, in [0, 1); travels in the checkpoint.
         """
         super().__init__()
         self.model = model
         self.optim = optim
         self.seed = seed
         self.text_tokenizer = text_tokenizer
-        self.dvae_sha256 = dvae_sha256
+        self.record = make_record(
+            model, text_tokenizer=text_tokenizer, dvae_sha256=dvae_sha256, caption_dropout=caption_dropout
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and a learning rate that changes every update."""
@@ -61,9 +65,7 @@ class StageModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the record that rebuilds the network."""
-        checkpoint[RECORD_KEY] = make_record(
-            self.model, text_tokenizer=self.text_tokenizer, dvae_sha256=self.dvae_sha256
-        )
+        checkpoint[RECORD_KEY] = self.record
 
     def draw_samples(self, batch: Batch) -> Image.Image | None:
         """A picture of what the network does with validation samples; None if there is nothing to look at."""

@@ -27,6 +27,9 @@ class TransformerOptimConfig(OptimConfig):
     # Whether predicting the padding after a caption counts in the text loss; the paper does not say. Nats per
     # text token are always reported over real tokens and the first padding token, which ends the caption.
     pads_in_text_loss: bool = True
+    # Share of captions that are left out, in [0, 1): the model then also learns pictures without a caption, which
+    # classifier-free guidance needs (Ho and Salimans 2022). 0 is the paper.
+    caption_dropout: float = 0.0
     # Start the image embedding and the image head from the dVAE's code vectors, so that codes that look alike
     # begin alike; false is the paper.
     start_from_codebook: bool = False
@@ -34,9 +37,11 @@ class TransformerOptimConfig(OptimConfig):
     cache_image_tokens: bool = True
 
     def __post_init__(self) -> None:
-        super(TransformerOptimConfig, self).__post_init__()
+        super().__post_init__()
         if not 0 <= self.text_weight <= 1:
             raise ValueError(f"optim.text_weight must be in [0, 1], got {self.text_weight}")
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"optim.caption_dropout must be in [0, 1), got {self.caption_dropout}")
 
 
 class TransformerModule(StageModule):
@@ -59,7 +64,12 @@ class TransformerModule(StageModule):
         Raises: ValueError if the model's vocabularies or caption length are not the tokenizers'.
         """
         super().__init__(
-            model, optim, seed=seed, text_tokenizer=text_tokenizer, dvae_sha256=image_tokenizer.sha256
+            model,
+            optim,
+            seed=seed,
+            text_tokenizer=text_tokenizer,
+            dvae_sha256=image_tokenizer.sha256,
+            caption_dropout=optim.caption_dropout,
         )
         for name, mine, theirs in (
             ("text_vocab_size", model.config.text_vocab_size, text_tokenizer.vocab_size),
@@ -77,7 +87,12 @@ class TransformerModule(StageModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Weighted nats of one batch."""
-        return self._step("train", batch, self._cached_tokens(batch))
+        share = self.optim.caption_dropout
+        dropped = None
+        if share:
+            draws = torch.rand(len(batch["index"]), 1, generator=self.step_generator(), device=self.device)
+            dropped = draws < share
+        return self._step("train", batch, self._cached_tokens(batch), dropped)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the same for the validation set."""
@@ -89,16 +104,21 @@ class TransformerModule(StageModule):
         tokens = generate(self.model, text_tokens, seeds=[[i] for i in range(len(text_tokens))])
         return image_grid(self.image_tokenizer.decode(tokens.flatten(0, 1)), columns=len(text_tokens))
 
-    def _step(self, split: str, batch: Batch, image_tokens: Tensor) -> Tensor:
+    def _step(self, split: str, batch: Batch, image_tokens: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Weighted nats; captions that are `dropped`, bool (b, 1), are no input and no target."""
         text_tokens = batch["text_tokens"]
+        is_target = torch.ones_like(text_tokens, dtype=torch.bool)
+        if dropped is not None:
+            text_tokens = torch.where(dropped, self.model.empty_text(), text_tokens)
+            is_target &= ~dropped
         text_logits, image_logits = self.model(text_tokens, image_tokens)
         text_nats = token_nats(text_logits, text_tokens)
         image_nats = token_nats(image_logits, image_tokens).mean()
         is_word = text_tokens < self.model.config.text_vocab_size
         # Every real token and the padding token right after the last one, by which the caption ends.
         is_told = torch.cat([torch.ones_like(is_word[:, :1]), is_word[:, :-1]], dim=1)
-        caption_nats = masked_mean(text_nats, is_told)
-        text_loss = text_nats.mean() if self.optim.pads_in_text_loss else caption_nats
+        caption_nats = masked_mean(text_nats, is_told & is_target)
+        text_loss = masked_mean(text_nats, is_target) if self.optim.pads_in_text_loss else caption_nats
         weight = self.optim.text_weight
         loss = weight * text_loss + (1 - weight) * image_nats
         values: dict[str, Tensor | float] = {

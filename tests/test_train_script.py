@@ -1,0 +1,91 @@
+"""train.py as users call it: stages, sweeps, and one clear sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train.py"
+TINY = (
+    *("image_size=16", "grid_size=2", "image_vocab_size=16", "text_vocab_size=300", "text_seq_len=64"),
+    *("data.recipe.image_size=16", "data.recipe.train_samples=24", "data.recipe.val_samples=4"),
+    *("data.recipe.test_samples=4", "trainer.accelerator=cpu"),
+)
+TINY_DVAE = (
+    *("stage=dvae", "model.patch_size=8", "model.n_hid=16", "model.n_init=16", "optim.max_steps=2"),
+    *("optim.batch_size=4", "optim.warmup_steps=1", "optim.codebook_start_step=0"),
+)
+
+
+@pytest.fixture
+def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the script in this process, demands that it fails and leaves nothing, and returns its one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert stopped.value.code in (1, 2)
+        (line,) = capfd.readouterr().err.splitlines()
+        assert not list(tmp_path.iterdir())
+        return line
+
+    return run
+
+
+def _call(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_stages_and_a_sweep_write_their_results(tmp_path: Path) -> None:
+    done = _call(tmp_path, "stage=tokenizer", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "shapes" / "tokenizer" / "tokenizer.json").is_file()
+
+    done = _call(tmp_path, "-m", *TINY_DVAE, *TINY, "optim.lr=1e-3,2e-3")
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
+    for job in ("0", "1"):
+        assert json.loads((sweep / job / "summary.json").read_text())["step"] == 2
+        assert (sweep / job / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["stage", "tokenizer", "dvae", "clip", "transformer"]),
+        (["stage=dvea"], ["dvea", "dvae"]),
+        (["stage=dvae", "experiment=shaeps"], ["shaeps"]),
+        (["stage=dvae", "trainer=tpus"], ["trainer", "tpus", "cpu"]),
+        (["stage=transformer", "model=dvae_shapes"], ["TransformerConfig", "DVAEConfig"]),
+        (["stage=dvae", "optim.lrr=1"], ["optim.lrr"]),
+        (["stage=dvae", "optim.lr=fast"], ["lr", "fast"]),
+        (["stage=dvae", "--lr=1"], ["without dashes"]),
+        (["stage=dvae", "data.recipe=null", "data.train=none-*.tar", "data.val=none-*.tar"], ["none-*.tar"]),
+        (["stage=dvae", "experiment=emoji"], ["data.train"]),
+        (["stage=dvae", "optim.codebook_start_step=1", "model.n_init=8"], ["n_init", "8"]),
+    ],
+)
+def test_mistake_gets_one_sentence_and_leaves_nothing(
+    fails: Callable[..., str], arguments: list[str], words: list[str]
+) -> None:
+    line = fails(*arguments)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("stage", ["clip", "transformer"])
+def test_missing_result_of_an_earlier_stage_is_named(fails: Callable[..., str], stage: str) -> None:
+    assert "run 'python train.py stage=tokenizer' first" in fails(f"stage={stage}", *TINY)
