@@ -1,5 +1,6 @@
 """Sample pictures: `python sample.py prompt="a red circle above a blue square"`; options are in conf/sample.yaml."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -10,8 +11,6 @@ from dalle1.cli import run_script
 def sample(cfg: DictConfig) -> None:
     """Do what the configuration asks for, and say where the pictures are."""
     # Imported here, so that --help and mistyped options answer at once.
-    from dataclasses import asdict, replace
-
     from dalle1.pipeline import Pipeline, choose_device
     from dalle1.results import check_directory, default_directory, write_run
     from dalle1.sampling.filters import SamplingConfig
@@ -19,7 +18,7 @@ def sample(cfg: DictConfig) -> None:
     from dalle1.sampling.prompts import read_prompts
 
     prompts = read_prompts(cfg.prompt, cfg.prompts_file)
-    settings = {"candidates": cfg.candidates, "seed": cfg.seed, "batch_size": cfg.batch_size}
+    numbers = {"candidates": cfg.candidates, "seed": cfg.seed, "batch_size": cfg.batch_size}
     guidance_scale = 1.0 if cfg.guidance_scale is None else cfg.guidance_scale
     sampling = SamplingConfig(
         temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, guidance_scale=guidance_scale
@@ -30,9 +29,10 @@ def sample(cfg: DictConfig) -> None:
     if cfg.guidance_scale is None:
         sampling = replace(sampling, guidance_scale=pipeline.default_guidance_scale)
     with progress_bar() as on_progress:
-        results = pipeline(prompts, sampling=sampling, on_progress=on_progress, **settings)
+        results = pipeline(prompts, sampling=sampling, on_progress=on_progress, **numbers)
     out = out or default_directory(f"runs/{cfg.name}/samples", prompts)
-    print(write_run(results, out, settings=dict(cfg) | asdict(sampling), checkpoints=pipeline.checkpoints))
+    settings = {str(name): value for name, value in cfg.items()} | asdict(sampling)
+    print(write_run(results, out, settings=settings, checkpoints=pipeline.checkpoints))
 
 
 def clip_path(cfg: DictConfig) -> str | None:

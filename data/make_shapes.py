@@ -1,18 +1,20 @@
-"""Make the shapes data set: `python data/make_shapes.py --out data/shapes` (see data/README.md)."""
+"""Make the shapes data set: `python data/make_shapes.py --out data/my-shapes` (see data/README.md)."""
 
 from __future__ import annotations
 
 import argparse
 
+from dalle1.cli import errors_in_one_line
 from dalle1.data.shapes import SceneMix
 from dalle1.data.shapes_shards import ShapesRecipe
 
 
+@errors_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     """Make the shards that the command line asks for; do nothing if they are there already."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     mix = SceneMix()
-    parser.add_argument("--out", default="data/shapes", help="directory for the shards")
+    parser.add_argument("--out", required=True, help="directory for the shards")
     parser.add_argument("--train", type=int, default=20_000, help="training samples")
     parser.add_argument("--val", type=int, default=1_000, help="validation samples")
     parser.add_argument("--test", type=int, default=1_000, help="test samples, all with held-out pairs")

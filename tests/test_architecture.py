@@ -26,6 +26,7 @@ LAYERS = [
     ["losses"],
     ["models"],
     ["data"],
+    ["atomic_files"],
 ]
 # Where each framework may appear; everything else is plain PyTorch.
 ALLOWED = {

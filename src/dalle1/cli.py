@@ -178,6 +178,9 @@ def _describe_instantiation(error: InstantiationException) -> str | None:
 
 def _in_one_line(message: str) -> str:
     """A message of several lines as one; indented lines become a list, Hydra's search path is left out."""
+    if message.startswith("Caught ") and " in DataLoader worker process" in message:
+        # PyTorch wraps a worker's error into its whole traceback; the last line is what was raised.
+        message = message.rstrip().splitlines()[-1].partition(": ")[2]
     line = ""
     for part in message.split("Config search path:")[0].splitlines():
         if part.strip():

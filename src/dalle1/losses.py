@@ -79,6 +79,7 @@ def contrastive_loss(
 
     Features have unit length; `logit_scale` is the factor on their cosine (inverse temperature).
     """
-    logits = logit_scale * image_features.float() @ text_features.float().t()
+    with torch.autocast(image_features.device.type, enabled=False):
+        logits = logit_scale.float() * image_features.float() @ text_features.float().t()
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2

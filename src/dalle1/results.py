@@ -24,6 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from dalle1.evaluation.pictures import to_pixels
 from dalle1.picture_grid import GridBlock, draw_grids
 from dalle1.pipeline import PromptResult
 
@@ -157,8 +158,7 @@ def slug(text: str, *, length: int = 40) -> str:
 
 
 def _to_picture(image: Float[Tensor, "3 h w"]) -> Image.Image:
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(to_pixels(image[None])[0])
 
 
 def _png_text(prompt: str, seed: int, score: float | None, checkpoints: Mapping[str, Mapping[str, Any]]) -> PngInfo:

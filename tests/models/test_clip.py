@@ -72,6 +72,7 @@ def test_logit_scale_starts_at_1_over_007_and_is_at_most_100(make_clip: MakeCLIP
     assert fresh.logit_scale.item() == pytest.approx(1 / 0.07)
     with torch.no_grad():
         fresh.log_scale.fill_(50)
+    fresh.limit_scale()
     assert fresh.logit_scale.item() == pytest.approx(100)
 
 

@@ -14,7 +14,6 @@ import torch
 from dalle1.checkpoint import load_clip, load_dvae, load_transformer, read_checkpoint, weights_sha256
 from dalle1.data.shards import ShardIndex
 from dalle1.evaluation.report import format_report, make_report
-from dalle1.sampling.filters import SamplingConfig
 
 Train = Callable[..., dict[str, Any]]
 STAGES = ("dvae", "clip", "transformer")
@@ -131,6 +130,76 @@ def test_run_of_another_model_is_refused(train: Train, trained: Path) -> None:
         train(trained, "dvae", "model.n_hid=32", "model.n_init=32")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=1e-4", r"another optim.lr \(0.003, not 0.0001\)"),
+        ("optim.kl_weight=9", r"another optim.kl_weight \(.*, not 9\)"),
+        ("data.seed=5", r"another data.seed \(0, not 5\)"),
+    ],
+)
+def test_run_with_other_options_is_refused(train: Train, trained: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(trained, "dvae", override)
+
+
+def test_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dalle1.training import dvae_module
+
+    nll = dvae_module.logit_laplace_nll
+
+    def diverge(*args: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        return nll(*args, **options) * (float("nan") if len(calls) == 6 else 1)
+
+    calls: list[int] = []
+    monkeypatch.setattr(dvae_module, "logit_laplace_nll", diverge)
+    with pytest.raises(ValueError, match=r"gradient must stay finite, got norm nan at step 5; set a lower"):
+        train(tmp_path, "dvae")
+    content = read_checkpoint(last(tmp_path, "dvae"))
+    assert content["global_step"] == 4
+    assert all(tensor.isfinite().all() for tensor in content["state_dict"].values())
+
+
+def test_tokenizer_whose_summary_is_missing_gets_it_again(train: Train, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "summary.json").unlink()
+    before = (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
+    train(tmp_path, "tokenizer")
+    assert (tmp_path / "tokenizer" / "summary.json").is_file()
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_bytes() == before
+
+
+def test_damaged_tokenizer_is_one_sentence(train: Train, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bpe": "{}"}))
+    with pytest.raises(ValueError, match="is not a text tokenizer of stage=tokenizer"):
+        train(tmp_path, "clip")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.accelerator=gpu", "trainer options must fit this machine"),
+        ("trainer.precision=16-mixed", "trainer.precision must be .*bf16-mixed.*got 16-mixed"),
+        ("trainer.precision=17", "Precision 17 is invalid"),
+        ("optim.codebook_start_step=8", "codebook_start_step must be < max_steps = 8, got 8"),
+        (
+            "optim.codebook_start_pictures=1",
+            "as many grid positions as codes, 16, got 4 of 1 pictures; raise optim.codebook_start_pictures",
+        ),
+    ],
+)
+def test_options_that_cannot_work_get_one_sentence(train: Train, tmp_path: Path, override: str, message: str) -> None:
+    if override == "trainer.accelerator=gpu" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(Exception, match=message):
+        train(tmp_path, "dvae", override)
+
+
 def test_tokenizer_of_another_size_is_refused(train: Train, trained: Path) -> None:
     with pytest.raises(ValueError, match=r"vocab_size=300.*not .*vocab_size=400"):
         train(trained, "tokenizer", "text_vocab_size=400")
@@ -206,7 +275,7 @@ def test_memorises_one_batch(train: Train, tmp_path: Path) -> None:
 
 def test_report_has_the_promised_keys(trained: Path, shapes: Path) -> None:
     prompts = list(dict.fromkeys(ShardIndex(f"{shapes}/test-*.tar").captions()))[:4]
-    report = make_report(trained, prompts, candidates=16, sampling=SamplingConfig(), seed=0)
+    report = make_report(trained, prompts, candidates=16, temperature=1.0, guidance_scale=None, seed=0)
     for key in ("wall_seconds", "psnr_db", "text_nats_per_token", "image_nats_per_token"):
         assert isinstance(report[key], float)
     for key in ("codes_used_share", "prompt_accuracy_single", "prompt_accuracy_best_of_16"):

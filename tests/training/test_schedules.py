@@ -8,6 +8,7 @@ import pytest
 
 from dalle1.training.optim import OptimConfig
 from dalle1.training.schedules import cosine, warmup_cosine
+from dalle1.training.stage_module import step_seed
 
 NUMBERS = {
     "batch_size": 4,
@@ -85,3 +86,9 @@ def test_number_out_of_range_is_named(change: dict[str, float], message: str) ->
 def test_number_in_quotes_is_refused() -> None:
     with pytest.raises(TypeError, match=r"OptimConfig.max_steps must be a whole number, got '10'"):
         OptimConfig(**(NUMBERS | {"max_steps": "10"}))
+
+
+def test_randomness_of_a_step_differs_by_seed_rank_and_step() -> None:
+    seeds = {step_seed(seed, rank, step) for seed in (0, 1, 20240101) for rank in (0, 1) for step in range(50)}
+    assert len(seeds) == 300
+    assert max(seeds) < 2**32, "more bits would be ignored on a CPU"

@@ -78,7 +78,7 @@ class ShapesRecipe:
         if changes:
             raise FileExistsError(
                 f"directory {self.directory!r} was made with other settings: {'; '.join(changes)}; "
-                "delete it or choose another directory"
+                "delete it or choose another one, data.recipe.directory=..."
             )
         for name, _, _ in _shards(self):
             if not (directory / name).is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+
+from dalle1.atomic_files import atomic
 
 # Small pictures are enlarged to about this many pixels a side, by whole factors, so that they can be looked at.
 _COMFORTABLE_SIDE = 128
@@ -39,10 +40,8 @@ def image_grid(image: Float[Tensor, "b 3 h w"], *, columns: int, gap: int = 2) -
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG that is either whole or absent; makes the directory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def save_curves(metrics_csvs: Sequence[Path], path: Path) -> None:
@@ -66,10 +65,8 @@ def save_curves(metrics_csvs: Sequence[Path], path: Path) -> None:
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.legend(fontsize=7, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    figure.savefig(temporary, format="png", dpi=90)
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
 
 
 def _read_curves(metrics_csvs: Sequence[Path]) -> dict[str, list[tuple[int, float]]]:

@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from tabulate import tabulate
 
+from dalle1.atomic_files import atomic, write_json
 from dalle1.cli import errors_in_one_line
 from dalle1.data.shards import ShardIndex
 from dalle1.evaluation.pictures import save_picture, to_pixels
 from dalle1.evaluation.shapes_scorer import Score, score, summarize
 from dalle1.picture_grid import GridBlock, draw_grids
-from dalle1.pipeline import Pipeline, PromptResult
+from dalle1.pipeline import Pipeline, PromptResult, choose_device
 from dalle1.sampling.filters import SamplingConfig
 from dalle1.sampling.progress import progress_bar
 
@@ -32,11 +33,20 @@ STAGES = ("tokenizer", "dvae", "clip", "transformer")
 
 
 def make_report(
-    results_dir: Path, prompts: Sequence[str], *, candidates: int, sampling: SamplingConfig, seed: int
+    results_dir: Path,
+    prompts: Sequence[str],
+    *,
+    candidates: int,
+    temperature: float,
+    guidance_scale: float | None,
+    seed: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Sample and score prompts with the models under `results_dir`; write the grids; return the report.
 
-    Raises: FileNotFoundError if a stage has not been trained.
+    Without a `guidance_scale` it is the pipeline's default.
+
+    Raises: FileNotFoundError if a stage has not been trained; ValueError for a wrong number or device.
     """
     started = time.monotonic()
     summaries = {stage: _read_summary(results_dir / stage) for stage in STAGES}
@@ -45,7 +55,10 @@ def make_report(
         transformer=results_dir / "transformer" / last,
         dvae=results_dir / "dvae" / last,
         clip=results_dir / "clip" / last,
-    )
+    ).to(choose_device(device))
+    if guidance_scale is None:
+        guidance_scale = pipeline.default_guidance_scale
+    sampling = SamplingConfig(temperature=temperature, guidance_scale=guidance_scale)
     with progress_bar() as on_progress:
         results = pipeline(
             prompts, candidates=candidates, seed=seed, sampling=sampling, batch_size=256, on_progress=on_progress
@@ -91,7 +104,7 @@ def format_report(report: dict[str, Any]) -> str:
     best_name = best_key.removeprefix("prompt_accuracy_").replace("_", " ")
     rows = [(f"{stage}, wall time", _minutes(seconds)) for stage, seconds in report["wall_seconds_by_stage"].items()]
     rows += [
-        ("all of it, wall time", _minutes(report["wall_seconds"])),
+        ("all stages, wall time", _minutes(report["wall_seconds"])),
         ("dVAE reconstructions", f"{report['psnr_db']:.1f} dB"),
         ("dVAE codes in use", f"{report['codes_used_share']:.0%}"),
         ("text", f"{report['text_nats_per_token']:.3f} nats/token"),
@@ -152,7 +165,8 @@ def _draw(results: Sequence[PromptResult], scores: Sequence[Sequence[Score]], di
     for path, blocks in zip(paths, (candidates, [best]), strict=True):
         save_picture(draw_grids(blocks)[0], path)
     prompts = "".join(f"{number}. {result.prompt}\n" for number, result in enumerate(results[:48], 1))
-    (directory / "best.txt").write_text(prompts, encoding="utf-8")
+    with atomic(directory / "best.txt") as temporary:
+        temporary.write_text(prompts, encoding="utf-8")
     return paths
 
 
@@ -165,7 +179,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256, help="how many of them")
     parser.add_argument("--candidates", type=int, default=16, help="samples per prompt")
     parser.add_argument("--temperature", type=float, default=0.7, help="of sampling")
-    parser.add_argument("--guidance-scale", type=float, default=1.5, help="of sampling")
+    parser.add_argument("--guidance-scale", type=float, help="of sampling; by default what sample.py takes")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -173,11 +188,13 @@ def main() -> None:
         options.results,
         held_out_prompts(options.shards, options.prompts),
         candidates=options.candidates,
-        sampling=SamplingConfig(temperature=options.temperature, guidance_scale=options.guidance_scale),
+        temperature=options.temperature,
+        guidance_scale=options.guidance_scale,
         seed=options.seed,
+        device=options.device,
     )
     path = options.results / "report.json"
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(path, report)
     print(format_report(report))
     print("\n".join(f"pictures: {grid}" for grid in report["grids"]))
     print(f"numbers:  {path}")

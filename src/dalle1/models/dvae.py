@@ -205,9 +205,9 @@ class DVAE(nn.Module):
 
     def logits(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b gh gw v"]:
         """Logits over the codes of each grid position, always fp32 (the relaxation is sensitive to rounding)."""
-        head = self.encoder.head
+        head, features = self.encoder.head, self.features(image)
         with torch.autocast(image.device.type, enabled=False):
-            return F.linear(self.features(image).float(), head.weight[:, :, 0, 0].float(), head.bias)
+            return F.linear(features.float(), head.weight[:, :, 0, 0].float(), head.bias)
 
     def encode(self, image: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b gh gw"]:
         """Tokens: the most likely code of each position, without noise (paper, sec. 2.2)."""
@@ -218,8 +218,12 @@ class DVAE(nn.Module):
         return self.decoder((vectors + self.codebook_bias).permute(0, 3, 1, 2))
 
     def decode_soft(self, codes: Float[Tensor, "b gh gw v"]) -> Float[Tensor, "b 6 h w"]:
-        """Likelihood parameters from relaxed codes: a distribution over codes at each position."""
-        return self.decode_vectors(codes @ self.codebook)
+        """Likelihood parameters from relaxed codes: a distribution over codes at each position.
+
+        The mixture is made in fp32, as the logits are (paper, app. A.2)."""
+        with torch.autocast(codes.device.type, enabled=False):
+            vectors = codes.float() @ self.codebook.float()
+        return self.decode_vectors(vectors)
 
     def decode(self, image_tokens: Int[Tensor, "b gh gw"]) -> Float[Tensor, "b 3 h w"]:
         """Picture in [0, 1] from tokens: the centre of each pixel's distribution; its scale is ignored."""

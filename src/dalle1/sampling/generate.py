@@ -94,7 +94,7 @@ def generate(
             for prompt in dict.fromkeys(prompt for prompt, _ in batch)
         }
         starts = [prefilled[prompt] for prompt, _ in batch]
-        uniforms = _uniforms([seed for _, seed in batch], length).to(device)
+        uniforms = _uniforms([seed for _, seed in batch], length)
         for position, column in enumerate(_decode(transformer, starts, empty, uniforms, config)):
             tokens[first : first + len(batch), position] = column
             if on_progress:
@@ -140,11 +140,15 @@ def _decode(
     rows = padded if empty is None else padded + [empty] * len(padded)
     logits = torch.cat([first_logits for first_logits, _ in rows])
     cache = KVCache.cat([text_cache for _, text_cache in rows])
-    for position, column in enumerate(uniforms.T.contiguous(), start=1):
-        logits = logits.double()
+    # Apple's GPUs have no float64: there the codes are drawn on the CPU.
+    device = logits.device
+    drawing = torch.device("cpu") if device.type == "mps" else device
+    for position, column in enumerate(uniforms.T.contiguous().to(drawing), start=1):
+        logits = logits.to(drawing).double()
         if empty is not None:
-            logits = guide(*logits.chunk(2), config.guidance_scale)
-        tokens = draw_codes(filter_logits(logits, config), column)
+            with_caption, without = logits.chunk(2)
+            logits = guide(with_caption, without, config.guidance_scale)
+        tokens = draw_codes(filter_logits(logits, config), column).to(device)
         yield tokens[:wanted]
         if position < uniforms.shape[1]:
             logits = transformer.decode(tokens if empty is None else tokens.repeat(2), cache)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,10 @@ class CLIPModule(StageModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Contrastive loss of one global batch."""
         return self._step("train", batch)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Limit the temperature."""
+        self.model.limit_scale()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the same for the validation set."""

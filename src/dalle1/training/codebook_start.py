@@ -60,6 +60,11 @@ def start_codebook(
     """
     check_feature_width(dvae)
     features = dvae.features(image).flatten(0, 2).float()
+    if len(features) < dvae.config.vocab_size:
+        raise ValueError(
+            f"the codebook's start needs at least as many grid positions as codes, {dvae.config.vocab_size}, got "
+            f"{len(features)} of {len(image)} pictures; raise optim.codebook_start_pictures"
+        )
     centroids, spread = kmeans(features.cpu(), dvae.config.vocab_size, generator)
     centroids = centroids.to(features.device)
     precision = sharpness / max(spread, 1e-6)

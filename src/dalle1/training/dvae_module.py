@@ -47,6 +47,11 @@ class DVAEOptimConfig(OptimConfig):
         for name in ("kl_weight_steps", "temperature_steps", "codebook_start_step"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
+        if self.codebook_start_step >= self.max_steps:
+            raise ValueError(
+                f"optim.codebook_start_step must be < max_steps = {self.max_steps}, got {self.codebook_start_step}: "
+                "before it there are no codes; 0 starts with random ones"
+            )
         if self.codebook_start_pictures < 1:
             raise ValueError(f"optim.codebook_start_pictures must be >= 1, got {self.codebook_start_pictures}")
 
@@ -84,6 +89,9 @@ class DVAEModule(StageModule):
             image = torch.stack(picked).to(self.device).float() / 255
             generator = torch.Generator().manual_seed(self.seed)
             start_codebook(self.model, image, sharpness=self.optim.codebook_sharpness, generator=generator)
+            # Rounding may differ between devices, and k-means amplifies it.
+            for weight in (*self.model.encoder.head.parameters(), self.model.codebook):
+                weight.data.copy_(self.trainer.strategy.broadcast(weight.data))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Negative relaxed evidence bound of one batch, in nats per pixel value."""

@@ -5,11 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 from pathlib import Path
 
 from pytorch_lightning.loggers import WandbLogger
 
 logger = logging.getLogger(__name__)
+
+
+def close_wandb() -> None:
+    """End the W&B run of this process, if there is one: the next job of a sweep must not log into it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 def build_wandb_logger(*, project: str, name: str, directory: str) -> WandbLogger:

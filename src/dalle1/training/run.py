@@ -12,17 +12,22 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
-from dalle1.checkpoint import RECORD_KEY, load_image_tokenizer, read_checkpoint
+from dalle1.atomic_files import write_json
+from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, load_image_tokenizer, read_checkpoint
 from dalle1.data.datamodule import DataConfig, PairDataModule
 from dalle1.evaluation.pictures import save_curves
 from dalle1.models.clip import CLIP, CLIPConfig
@@ -33,11 +38,15 @@ from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from dalle1.training.callbacks import AtomicCheckpointIO
 from dalle1.training.clip_module import CLIPModule
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
+from dalle1.training.logging import close_wandb
 from dalle1.training.optim import OptimConfig
 from dalle1.training.stage_module import StageModule
 from dalle1.training.transformer_module import TransformerModule, TransformerOptimConfig
 
 logger = logging.getLogger(__name__)
+
+# Options of the optimizer that a run may be continued with other values of.
+_MAY_CHANGE = ("max_steps",)
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 TOKENIZER = Path("tokenizer.json")
@@ -76,7 +85,7 @@ def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         return earlier
     seconds = earlier.get("wall_seconds", 0.0) + time.monotonic() - started
     summary = {"stage": stage, "wall_seconds": round(seconds, 1), **metrics}
-    _write_json(run_dir / SUMMARY, summary)
+    rank_zero_only(write_json)(run_dir / SUMMARY, summary)
     return summary
 
 
@@ -114,11 +123,12 @@ def _train_tokenizer(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> di
         made = load_text_tokenizer(path).config
         if made != config:
             raise ValueError(f"'{path}' was trained as {made}, not {config}; delete it or choose another name=")
-        return None
+        if (run_dir / SUMMARY).exists():
+            return None
     data.prepare_data()
     captions = tqdm(data.train_captions(), desc="reading captions", unit="caption", disable=None)
     tokenizer = TextTokenizer.train(captions, config)
-    _write_json(path, tokenizer.to_dict())
+    write_json(path, tokenizer.to_dict())
     return {"entries": tokenizer.n_entries, "sha256": tokenizer.sha256}
 
 
@@ -131,8 +141,8 @@ def load_text_tokenizer(path: Path) -> TextTokenizer:
         raise FileNotFoundError(f"no text tokenizer at '{path}'; run 'python train.py stage=tokenizer' first")
     try:
         return TextTokenizer.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(f"'{path}' is not a text tokenizer of stage=tokenizer ({error})") from error
+    except Exception as error:  # the tokenizers library raises plain Exceptions for a damaged BPE
+        raise ValueError(f"'{path}' is not a text tokenizer of stage=tokenizer ({error}); delete it") from error
 
 
 def _dvae_module(cfg: DictConfig) -> DVAEModule:
@@ -196,6 +206,9 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     """Train to the last step and return the validation metrics; None if an earlier run did."""
     if module.text_tokenizer is not None:
         data.encode_text = partial(module.text_tokenizer.encode, truncate=cfg.truncate_captions)
+    optim = asdict(module.optim)
+    module.options = {"optim": {name: value for name, value in optim.items() if name not in _MAY_CHANGE}}
+    module.options["data"] = {name: cfg.data[name] for name in ("image_size", "batch_size", "seed")}
     checkpoint = run_dir / CHECKPOINT
     if checkpoint.exists():
         step = _check_same_run(checkpoint, module)
@@ -205,14 +218,24 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     # All input is checked before the first file is written.
     data.prepare_data()
     data.setup("fit")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     trainer = _build_trainer(cfg, module, run_dir)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    if trainer.is_global_zero:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into exit code 1.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        close_wandb()
     trainer.save_checkpoint(checkpoint)
     metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
     if trainer.is_global_zero:
-        save_curves(sorted(run_dir.glob("logs/*/metrics.csv")), run_dir / "curves.png")
+        starts = sorted(run_dir.glob("logs/*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
+        save_curves(starts, run_dir / "curves.png")
     return {"step": trainer.global_step, **{name.replace("val/", ""): value for name, value in metrics.items()}}
 
 
@@ -221,6 +244,10 @@ def _check_same_run(checkpoint: Path, module: StageModule) -> int:
     content = read_checkpoint(checkpoint)
     saved, wanted = content[RECORD_KEY], module.record
     changed = [name for name in wanted if saved.get(name) != wanted[name]]
+    for group, now in module.options.items():
+        before = content.get(OPTIONS_KEY, {}).get(group, now)
+        differing = [name for name in now if before.get(name) != now[name]]
+        changed += [f"{group}.{name} ({before.get(name)}, not {now[name]})" for name in differing]
     if changed:
         raise ValueError(
             f"'{checkpoint}' was trained with another {' and another '.join(changed)}; "
@@ -235,30 +262,35 @@ def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Tr
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    return pl.Trainer(
-        **instantiate(cfg.trainer, _convert_="all"),
-        max_steps=module.optim.max_steps,
-        max_epochs=-1,
-        # Steps, not epochs, count: data sets may be small or endless.
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        logger=list(instantiate(cfg.logger, _convert_="all").values()),
-        callbacks=list(instantiate(cfg.callbacks, _convert_="all").values()),
-        plugins=[AtomicCheckpointIO()],
-        enable_checkpointing=False,
-        default_root_dir=run_dir,
-        enable_model_summary=False,
-    )
+    arguments = instantiate(cfg.trainer, _convert_="all")
+    if str(arguments.get("precision", "")).startswith("16"):
+        raise ValueError(
+            f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {arguments['precision']}: fp16 needs a "
+            "loss scale, which clipping here does not know"
+        )
+    loggers = list(instantiate(cfg.logger, _convert_="all").values())
+    for each in loggers:
+        if isinstance(each, WandbLogger):
+            each.log_hyperparams(cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
+    try:
+        return pl.Trainer(
+            **arguments,
+            max_steps=module.optim.max_steps,
+            max_epochs=-1,
+            # Steps, not epochs, count: data sets may be small or endless.
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            logger=loggers,
+            callbacks=list(instantiate(cfg.callbacks, _convert_="all").values()),
+            plugins=[AtomicCheckpointIO()],
+            enable_checkpointing=False,
+            default_root_dir=run_dir,
+            enable_model_summary=False,
+        )
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer options must fit this machine and each other: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is either whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,13 +11,18 @@ from PIL import Image
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from dalle1.checkpoint import RECORD_KEY, make_record
+from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, make_record
 from dalle1.data.dataset import Batch
 from dalle1.models.clip import CLIP
 from dalle1.models.dvae import DVAE
 from dalle1.models.transformer import DalleTransformer
 from dalle1.tokenizers.text import TextTokenizer
 from dalle1.training.optim import OptimConfig, build_optimizer
+
+
+def step_seed(seed: int, rank: int, step: int) -> int:
+    """Seed of one update on one rank, in [0, 2^32): PyTorch's CPU generator uses no more than 32 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{rank}|{step}".encode()).digest()[:4], "big")
 
 
 class StageModule(pl.LightningModule):
@@ -47,6 +53,8 @@ class StageModule(pl.LightningModule):
         self.optim = optim
         self.seed = seed
         self.text_tokenizer = text_tokenizer
+        # What else a run that continues this one must have in common with it; see `training.run`.
+        self.options: dict[str, Any] = {}
         self.record = make_record(
             model, text_tokenizer=text_tokenizer, dvae_sha256=dvae_sha256, caption_dropout=caption_dropout
         )
@@ -62,10 +70,17 @@ class StageModule(pl.LightningModule):
         limit = self.optim.grad_clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.log("train/grad_norm", norm)
+        # Before the weights change: the last checkpoint stays good.
+        if not torch.isfinite(norm):
+            raise ValueError(
+                f"the gradient must stay finite, got norm {float(norm)} at step {self.global_step}; "
+                "set a lower optim.lr, then start again to continue from the last checkpoint"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the record that rebuilds the network."""
         checkpoint[RECORD_KEY] = self.record
+        checkpoint[OPTIONS_KEY] = self.options
 
     def draw_samples(self, batch: Batch) -> Image.Image | None:
         """A picture of what the network does with validation samples; None if there is nothing to look at."""
@@ -74,8 +89,7 @@ class StageModule(pl.LightningModule):
     def step_generator(self) -> torch.Generator:
         """Randomness of this update on this rank: a function of the seed and the step, so resuming needs no state."""
         generator = torch.Generator(self.device)
-        # Distinct streams for any realistic number of ranks and updates.
-        generator.manual_seed((self.seed << 44) + (self.global_rank << 32) + self.global_step)
+        generator.manual_seed(step_seed(self.seed, self.global_rank, self.global_step))
         return generator
 
     def log_means(self, split: str, values: dict[str, Tensor | float], batch_size: int) -> None:

@@ -33,8 +33,8 @@ class TransformerOptimConfig(OptimConfig):
     # Start the image embedding and the image head from the dVAE's code vectors, so that codes that look alike
     # begin alike; false is the paper.
     start_from_codebook: bool = False
-    # Keep the image tokens of every training picture in memory after its first use.
-    cache_image_tokens: bool = True
+    # Keep the image tokens of every training picture in memory after its first use, 4 bytes a token.
+    cache_image_tokens: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,7 +141,6 @@ class TransformerModule(StageModule):
         wanted = batch["index"].tolist()
         missing = [place for place, index in enumerate(wanted) if index not in self._tokens_of]
         if missing:
-            # Two bytes a token hold every codebook up to 32,768 codes.
-            small = self._image_tokens(batch["image"][missing]).to("cpu", torch.int16)
+            small = self._image_tokens(batch["image"][missing]).to("cpu", torch.int32)
             self._tokens_of.update({wanted[place]: tokens for place, tokens in zip(missing, small, strict=True)})
         return torch.stack([self._tokens_of[index] for index in wanted]).to(self.device, torch.int64)
