@@ -1,0 +1,29 @@
+"""The same stages on a CUDA device in mixed precision: `pytest -m gpu` on a machine that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dalle1.pipeline import Pipeline, choose_device
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ON_GPU = ("trainer.accelerator=gpu", "trainer.precision=bf16-mixed")
+
+
+def test_all_stages_train_in_bf16_and_their_checkpoints_sample(train: Callable[..., Any], tmp_path: Path) -> None:
+    train(tmp_path, "tokenizer")
+    for stage in ("dvae", "clip", "transformer"):
+        assert train(tmp_path, stage, *ON_GPU)["step"] == 8
+    last = {stage: tmp_path / stage / "checkpoints" / "last.ckpt" for stage in ("transformer", "dvae", "clip")}
+    pipeline = Pipeline.from_checkpoints(**last).to(choose_device("cuda"))
+    result = pipeline(["a red circle"], candidates=3)[0]
+    assert result.images.isfinite().all()
+    assert result.scores == sorted(result.scores or [], reverse=True)
