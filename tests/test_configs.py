@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
@@ -87,6 +89,12 @@ def test_every_field_of_a_configuration_is_written_down(path: Path) -> None:
     content = yaml.safe_load(path.read_text())
     fields = {field.name for field in dataclasses.fields(get_class(content["_target_"]))}
     assert content.keys() - {"_target_"} == fields
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "trainer").glob("*.yaml")), ids=lambda path: path.stem)
+def test_trainer_options_exist(path: Path) -> None:
+    known = set(inspect.signature(pl.Trainer).parameters)
+    assert set(composed("stage=dvae", f"trainer={path.stem}").trainer) <= known
 
 
 def test_paper_models_have_the_papers_sizes() -> None:

@@ -1,0 +1,95 @@
+"""The average of the weights: its arithmetic, when it is in place, and what checkpoints hold."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dalle1.training.ema import EMA
+
+
+def module_and_trainer(value: float) -> tuple[Any, Any]:
+    """A module whose network has one weight, and a trainer that counts steps."""
+    network = torch.nn.Linear(1, 1, bias=False)
+    network.weight.data.fill_(value)
+    return SimpleNamespace(model=network, device=torch.device("cpu")), SimpleNamespace(global_step=0)
+
+
+def step(ema: EMA, trainer: Any, module: Any, value: float) -> None:
+    module.model.weight.data.fill_(value)
+    trainer.global_step += 1
+    ema.on_train_batch_end(trainer, module, None, None, 0)
+
+
+def test_average_follows_its_closed_form() -> None:
+    module, trainer = module_and_trainer(1.0)
+    ema = EMA(decay=0.9)
+    ema.on_fit_start(trainer, module)
+    expected = 1.0
+    for number in range(1, 200):
+        step(ema, trainer, module, float(number))
+        decay = min(0.9, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * number
+    ema.on_validation_start(trainer, module)
+    assert module.model.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_that_only_accumulate_do_not_move_it() -> None:
+    module, trainer = module_and_trainer(1.0)
+    ema = EMA(decay=0.5)
+    ema.on_fit_start(trainer, module)
+    step(ema, trainer, module, 2.0)
+    ema.on_validation_start(trainer, module)
+    average = module.model.weight.item()
+    ema.on_validation_end(trainer, module)
+    ema.on_train_batch_end(trainer, module, None, None, 1)
+    ema.on_validation_start(trainer, module)
+    assert module.model.weight.item() == average
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_trained_weights_are_back_after_validation(interrupted: bool) -> None:
+    module, trainer = module_and_trainer(0.0)
+    ema = EMA(decay=0.9)
+    ema.on_fit_start(trainer, module)
+    step(ema, trainer, module, 8.0)
+    ema.on_validation_start(trainer, module)
+    assert module.model.weight.item() != 8.0
+    if interrupted:
+        ema.on_exception(trainer, module, KeyboardInterrupt())
+    else:
+        ema.on_validation_end(trainer, module)
+    assert module.model.weight.item() == 8.0
+
+
+def test_checkpoint_of_a_validation_holds_the_trained_weights_and_the_average() -> None:
+    module, trainer = module_and_trainer(0.0)
+    ema = EMA(decay=0.9)
+    ema.on_fit_start(trainer, module)
+    step(ema, trainer, module, 11.0)
+    ema.on_validation_start(trainer, module)
+    checkpoint: dict[str, Any] = {"state_dict": {"model.weight": module.model.weight.detach().clone()}}
+    ema.on_save_checkpoint(trainer, module, checkpoint)
+    assert checkpoint["state_dict"]["model.weight"].item() == 11.0
+    assert checkpoint["ema"]["weight"].item() == pytest.approx(11 * (1 - 2 / 11))
+
+    again = EMA(decay=0.9)
+    again.on_load_checkpoint(trainer, module, checkpoint)
+    again.on_fit_start(trainer, module)
+    again.on_validation_start(trainer, module)
+    assert module.model.weight.item() == pytest.approx(9.0)
+
+
+def test_decay_0_keeps_no_average() -> None:
+    module, trainer = module_and_trainer(1.0)
+    ema = EMA(decay=0.0)
+    ema.on_fit_start(trainer, module)
+    step(ema, trainer, module, 2.0)
+    ema.on_validation_start(trainer, module)
+    assert module.model.weight.item() == 2.0
+    checkpoint: dict[str, Any] = {"state_dict": {}}
+    ema.on_save_checkpoint(trainer, module, checkpoint)
+    assert checkpoint["ema"] == {}
