@@ -62,6 +62,15 @@ def test_stages_and_a_sweep_write_their_results(tmp_path: Path) -> None:
         assert (sweep / job / "checkpoints" / "last.ckpt").is_file()
 
 
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    # With a codebook start: both ranks must agree on it, and until then the codebook has no gradient.
+    start = ["optim.max_steps=4", "optim.codebook_start_step=2", "optim.codebook_start_pictures=16"]
+    done = _call(tmp_path, *TINY_DVAE, *TINY, *start, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs" / "shapes" / "dvae" / "summary.json").read_text())
+    assert summary["step"] == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

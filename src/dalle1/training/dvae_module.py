@@ -98,7 +98,9 @@ class DVAEModule(StageModule):
         image, step = batch["image"], self.global_step
         if step < self.optim.codebook_start_step:
             parameters = self.model.decode_vectors(self.model.features(image))
-            kl = image.new_zeros(len(image), 1, 1)
+            # DDP wants a gradient of every weight, be it zero.
+            idle = (*self.model.encoder.head.parameters(), self.model.codebook)
+            kl = 0.0 * torch.stack([weight.sum() for weight in idle]).sum().expand(len(image), 1, 1)
         else:
             logits = self.model.logits(image)
             codes = gumbel_softmax(logits, self.optim.temperature(step), self.step_generator())
@@ -134,8 +136,8 @@ class DVAEModule(StageModule):
         counts = self.trainer.strategy.reduce(self._code_counts.to(self.device), reduce_op="sum").cpu()
         probs = counts.double() / counts.sum()
         entropy = -(probs * probs.clamp(min=1e-300).log()).sum()
-        self.log("val/codes_used_share", (counts > 0).float().mean())
-        self.log("val/code_perplexity", entropy.exp().float())
+        self.log("val/codes_used_share", (counts > 0).float().mean(), sync_dist=True)
+        self.log("val/code_perplexity", entropy.exp().float(), sync_dist=True)
 
     @torch.no_grad()
     def draw_samples(self, batch: Batch) -> Image.Image:
