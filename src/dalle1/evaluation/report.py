@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("runs/shapes"), help="directory with the stages' results")
     parser.add_argument("--shards", default="data/shapes/test-*.tar", help="captions to use as prompts")
-    parser.add_argument("--prompts", type=int, default=256, help="how many of them")
+    parser.add_argument("--prompts", type=int, default=200, help="how many of them")
     parser.add_argument("--candidates", type=int, default=16, help="samples per prompt")
     parser.add_argument("--temperature", type=float, default=0.7, help="of sampling")
     parser.add_argument("--guidance-scale", type=float, help="of sampling; by default what sample.py takes")
