@@ -85,7 +85,7 @@ class SparseTransformerGELU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Elementwise."""
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) / 1.702  # the same as x * sigmoid(1.702 x), in fewer passes over memory
 
 
 class Attention(nn.Module):
