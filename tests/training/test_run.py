@@ -112,6 +112,18 @@ def stop_at_step(step: int) -> Callable[..., None]:
     return on_train_batch_end
 
 
+def test_weights_and_biases_log_offline_and_end_with_the_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert train(tmp_path, "dvae", "logger=wandb")["step"] == 8
+    assert wandb.run is None, "the next job of a sweep would log into it"
+    assert list((tmp_path / "dvae" / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_finished_stage_is_left_alone(train: Train, trained: Path) -> None:
     before = last(trained, "dvae").stat().st_mtime_ns
     summary = (trained / "dvae" / "summary.json").read_text()

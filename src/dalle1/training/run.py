@@ -63,6 +63,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     try:
         return _run_stage(cfg, run_dir)
     finally:
+        # After the last validation, which logs too.
+        close_wandb()
         _remove_if_empty(run_dir)
 
 
@@ -110,7 +112,7 @@ def build(cfg: DictConfig, group: str, expected: type[T]) -> T:
         got = f"a {type(built).__name__}" if built is not None else "none"
         raise ValueError(
             f"stage={cfg.stage.name} needs a {expected.__name__}, got {got}; "
-            f"choose {group}={cfg.stage.name}_... (train.py stage={cfg.stage.name} --help lists them)"
+            f"choose another {group}= (train.py stage={cfg.stage.name} --help lists them)"
         )
     return built
 
@@ -120,15 +122,18 @@ def _train_tokenizer(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> di
     config = build(cfg, "model", TextTokenizerConfig)
     path = run_dir / TOKENIZER
     if path.exists():
-        made = load_text_tokenizer(path).config
-        if made != config:
-            raise ValueError(f"'{path}' was trained as {made}, not {config}; delete it or choose another name=")
+        tokenizer = load_text_tokenizer(path)
+        if tokenizer.config != config:
+            raise ValueError(
+                f"'{path}' was trained as {tokenizer.config}, not {config}; delete it or choose another name="
+            )
         if (run_dir / SUMMARY).exists():
             return None
-    data.prepare_data()
-    captions = tqdm(data.train_captions(), desc="reading captions", unit="caption", disable=None)
-    tokenizer = TextTokenizer.train(captions, config)
-    write_json(path, tokenizer.to_dict())
+    else:
+        data.prepare_data()
+        captions = tqdm(data.train_captions(), desc="reading captions", unit="caption", disable=None)
+        tokenizer = TextTokenizer.train(captions, config)
+        write_json(path, tokenizer.to_dict())
     return {"entries": tokenizer.n_entries, "sha256": tokenizer.sha256}
 
 
@@ -222,6 +227,9 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    for each in trainer.loggers:
+        if isinstance(each, WandbLogger):
+            each.log_hyperparams(cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
     except SystemExit as stop:
@@ -229,8 +237,6 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    finally:
-        close_wandb()
     trainer.save_checkpoint(checkpoint)
     metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
     if trainer.is_global_zero:
@@ -268,10 +274,6 @@ def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Tr
             f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {arguments['precision']}: fp16 needs a "
             "loss scale, which clipping here does not know"
         )
-    loggers = list(instantiate(cfg.logger, _convert_="all").values())
-    for each in loggers:
-        if isinstance(each, WandbLogger):
-            each.log_hyperparams(cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
     try:
         return pl.Trainer(
             **arguments,
@@ -281,7 +283,7 @@ def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Tr
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            logger=loggers,
+            logger=list(instantiate(cfg.logger, _convert_="all").values()),
             callbacks=list(instantiate(cfg.callbacks, _convert_="all").values()),
             plugins=[AtomicCheckpointIO()],
             enable_checkpointing=False,
