@@ -62,6 +62,13 @@ def test_path_null_is_no_path() -> None:
     assert quote_options(["out=null"], path_options=["out"]) == ["out=null"]
 
 
+def test_list_of_paths_stays_a_list() -> None:
+    (argument,) = quote_options(["data.train=[a-*.tar,b.tar]"], path_options=["data.train"])
+    assert _value_after_hydra(argument) == ["a-*.tar", "b.tar"]
+    (argument,) = quote_options(["data.train=a-[0-2].tar"], path_options=["data.train"])
+    assert _value_after_hydra(argument) == "a-[0-2].tar"
+
+
 def test_path_of_digits_stays_text() -> None:
     (argument,) = quote_options(["out=007"], path_options=["out"])
     assert _value_after_hydra(argument) == "007"

@@ -127,6 +127,14 @@ def test_contrastive_loss_of_orthogonal_pairs_in_closed_form() -> None:
     assert loss.item() == pytest.approx(math.log(math.exp(scale) + b - 1) - scale)
 
 
+def test_contrastive_loss_is_fp32_under_mixed_precision() -> None:
+    image, text = (torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = contrastive_loss(image, text, torch.tensor(50.0))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, contrastive_loss(image, text, torch.tensor(50.0)))
+
+
 def test_contrastive_loss_is_the_mean_of_both_directions() -> None:
     image = torch.nn.functional.normalize(torch.randn(3, 5), dim=1)
     text = torch.nn.functional.normalize(torch.randn(3, 5), dim=1)

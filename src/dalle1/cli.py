@@ -86,7 +86,7 @@ def quote_options(
 ) -> list[str]:
     """Command-line arguments with the values of free-text options quoted as Hydra's grammar wants it.
 
-    A value that is quoted already stays, and so does a sweep over values under `--multirun`.
+    A value that is quoted already stays, and so do a list of paths and a sweep over values under `--multirun`.
 
     Raises: OptionError for an option written `--name`, and for the text `???`, which Hydra cannot tell from a
         missing value.
@@ -99,7 +99,12 @@ def quote_options(
         if name.startswith("--") and name not in _HYDRA_FLAGS:
             raise OptionError(f"options are written without dashes, as {name[2:]}={value or '...'}, got {argument!r}")
         is_free = separator and (key in text_options or (key in path_options and value != "null"))
-        if not is_free or _is_quoted(value) or (sweep and _is_sweep(argument)):
+        if (
+            not is_free
+            or _is(QuotedString, value)
+            or (key in path_options and _is(list, value))
+            or (sweep and _is_sweep(argument))
+        ):
             quoted.append(argument)
         elif value == "???":
             raise OptionError(f"{key} must not be '???', which stands for a missing value in configurations")
@@ -110,10 +115,10 @@ def quote_options(
     return quoted
 
 
-def _is_quoted(value: str) -> bool:
-    """Whether a value is one complete quoted string of Hydra's grammar."""
+def _is(kind: type[QuotedString] | type[list[Any]], value: str) -> bool:
+    """Whether a value is one complete quoted string, or list, of Hydra's grammar."""
     override = _parse(f"any={value}")
-    return override is not None and isinstance(override._value, QuotedString)
+    return override is not None and isinstance(override._value, kind)
 
 
 def _is_sweep(argument: str) -> bool:

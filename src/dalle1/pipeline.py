@@ -25,7 +25,7 @@ from dalle1.sampling.generate import Progress, candidate_seeds, generate
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
 
-# Of 1, 1.5, 2 and 3 the best on the generated scenes (docs/shapes.md); larger ones lose objects of a group.
+# Of 1, 1.5 and 2 the largest that kept the counts of the generated scenes right (docs/shapes.md).
 GUIDANCE_SCALE = 1.5
 
 

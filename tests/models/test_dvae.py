@@ -137,3 +137,18 @@ def test_upsample_repeats_every_pixel() -> None:
 def test_config_refuses_a_wrong_value(option: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         DVAEConfig(**option)
+
+
+def test_head_and_mixture_of_codes_stay_fp32_under_mixed_precision(make_dvae: MakeDVAE) -> None:
+    dvae = make_dvae()
+    image = torch.rand(2, 3, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = dvae.logits(image)
+        features = dvae.features(image)
+        mixture_seen: list[Tensor] = []
+        dvae.decoder.register_forward_pre_hook(lambda module, inputs: mixture_seen.append(inputs[0]))
+        dvae.decode_soft(logits.softmax(-1))
+    assert features.dtype == torch.bfloat16, "the body runs in low precision"
+    assert logits.dtype == mixture_seen[0].dtype == torch.float32
+    head = dvae.encoder.head
+    torch.testing.assert_close(logits, F.linear(features.float(), head.weight[:, :, 0, 0], head.bias))

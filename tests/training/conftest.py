@@ -28,14 +28,8 @@ TINY = {
     ],
     "tokenizer": [],
     "dvae": [
-        *(
-            "model.patch_size=8",
-            "model.n_hid=16",
-            "model.n_init=16",
-            "optim.max_steps=8",
-            "optim.warmup_steps=1",
-            "optim.batch_size=4",
-        ),
+        *("model.patch_size=8", "model.n_hid=16", "model.n_init=16"),
+        *("optim.max_steps=8", "optim.warmup_steps=1", "optim.batch_size=4"),
         *("optim.codebook_start_step=3", "optim.codebook_start_pictures=16", "optim.temperature_steps=6"),
     ],
     "clip": [

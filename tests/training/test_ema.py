@@ -18,6 +18,14 @@ def module_and_trainer(value: float) -> tuple[Any, Any]:
     return SimpleNamespace(model=network, device=torch.device("cpu")), SimpleNamespace(global_step=0)
 
 
+def started(decay: float, value: float) -> tuple[EMA, Any, Any]:
+    """An average at the start of a training from `value`, with its module and trainer."""
+    module, trainer = module_and_trainer(value)
+    ema = EMA(decay=decay)
+    ema.on_fit_start(trainer, module)
+    return ema, trainer, module
+
+
 def step(ema: EMA, trainer: Any, module: Any, value: float) -> None:
     module.model.weight.data.fill_(value)
     trainer.global_step += 1
@@ -25,9 +33,7 @@ def step(ema: EMA, trainer: Any, module: Any, value: float) -> None:
 
 
 def test_average_follows_its_closed_form() -> None:
-    module, trainer = module_and_trainer(1.0)
-    ema = EMA(decay=0.9)
-    ema.on_fit_start(trainer, module)
+    ema, trainer, module = started(decay=0.9, value=1.0)
     expected = 1.0
     for number in range(1, 200):
         step(ema, trainer, module, float(number))
@@ -38,9 +44,7 @@ def test_average_follows_its_closed_form() -> None:
 
 
 def test_batches_that_only_accumulate_do_not_move_it() -> None:
-    module, trainer = module_and_trainer(1.0)
-    ema = EMA(decay=0.5)
-    ema.on_fit_start(trainer, module)
+    ema, trainer, module = started(decay=0.5, value=1.0)
     step(ema, trainer, module, 2.0)
     ema.on_validation_start(trainer, module)
     average = module.model.weight.item()
@@ -52,9 +56,7 @@ def test_batches_that_only_accumulate_do_not_move_it() -> None:
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_trained_weights_are_back_after_validation(interrupted: bool) -> None:
-    module, trainer = module_and_trainer(0.0)
-    ema = EMA(decay=0.9)
-    ema.on_fit_start(trainer, module)
+    ema, trainer, module = started(decay=0.9, value=0.0)
     step(ema, trainer, module, 8.0)
     ema.on_validation_start(trainer, module)
     assert module.model.weight.item() != 8.0
@@ -66,9 +68,7 @@ def test_trained_weights_are_back_after_validation(interrupted: bool) -> None:
 
 
 def test_checkpoint_of_a_validation_holds_the_trained_weights_and_the_average() -> None:
-    module, trainer = module_and_trainer(0.0)
-    ema = EMA(decay=0.9)
-    ema.on_fit_start(trainer, module)
+    ema, trainer, module = started(decay=0.9, value=0.0)
     step(ema, trainer, module, 11.0)
     ema.on_validation_start(trainer, module)
     checkpoint: dict[str, Any] = {"state_dict": {"model.weight": module.model.weight.detach().clone()}}
@@ -84,9 +84,7 @@ def test_checkpoint_of_a_validation_holds_the_trained_weights_and_the_average() 
 
 
 def test_decay_0_keeps_no_average() -> None:
-    module, trainer = module_and_trainer(1.0)
-    ema = EMA(decay=0.0)
-    ema.on_fit_start(trainer, module)
+    ema, trainer, module = started(decay=0.0, value=1.0)
     step(ema, trainer, module, 2.0)
     ema.on_validation_start(trainer, module)
     assert module.model.weight.item() == 2.0
