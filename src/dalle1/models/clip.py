@@ -31,8 +31,8 @@ class CLIPConfig:
     text_heads: int = 8
     embed_dim: int = 512  # of the features that are compared
     # Standard deviation of the image positions at the start; CLIP's width^-0.5. A small tower learns where things are
-    # much sooner from 0.5, which is about as strong as the patches: on the generated scenes 74% instead of 46% of a
-    # batch's captions were found after 500 updates.
+    # much sooner from 0.5, which is about as strong as the patches: places of the generated scenes were at chance
+    # before (docs/shapes.md, trials).
     image_position_std: float = 768**-0.5
 
     def __post_init__(self) -> None:
