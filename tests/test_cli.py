@@ -67,6 +67,10 @@ def test_list_of_paths_stays_a_list() -> None:
     assert _value_after_hydra(argument) == ["a-*.tar", "b.tar"]
     (argument,) = quote_options(["data.train=a-[0-2].tar"], path_options=["data.train"])
     assert _value_after_hydra(argument) == "a-[0-2].tar"
+    (argument,) = quote_options(
+        ["data.train=[a-[0-2].tar, ~/my (1)/\u00e9=x.tar,007,'quoted.tar']"], path_options=["data.train"]
+    )
+    assert _value_after_hydra(argument) == ["a-[0-2].tar", "~/my (1)/\u00e9=x.tar", "007", "quoted.tar"]
 
 
 def test_path_of_digits_stays_text() -> None:

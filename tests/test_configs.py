@@ -98,7 +98,7 @@ def test_every_choice_composes_and_builds(path: Path, tmp_path: Path, monkeypatc
     elif group == "trainer":
         assert set(built) <= set(inspect.signature(pl.Trainer).parameters)
     elif group == "experiment":
-        assert built.data.image_size == cfg.image_size
+        assert build(cfg, "data", DataConfig).image_size == cfg.image_size
     else:
         assert isinstance(
             built, {"data": DataConfig, "model": MODEL_TYPES[stage], "optim": OPTIM_TYPES.get(stage)}[group]

@@ -25,6 +25,7 @@ from dalle1.tokenizers.text import TextTokenizer
 FORMAT_VERSION = 1
 RECORD_KEY = "dalle1"
 EMA_KEY = "ema"
+SECONDS_KEY = "wall_seconds"
 OPTIONS_KEY = "options"  # how it was trained, so that a run does not continue as another one
 _RECORD_FIELDS = ("kind", "model_config", "text_tokenizer", "dvae_sha256", "caption_dropout")
 # Lightning modules hold the trained network under this name.

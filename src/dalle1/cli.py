@@ -86,7 +86,8 @@ def quote_options(
 ) -> list[str]:
     """Command-line arguments with the values of free-text options quoted as Hydra's grammar wants it.
 
-    A value that is quoted already stays, and so do a list of paths and a sweep over values under `--multirun`.
+    A value that is quoted already stays, and so does a sweep over values under `--multirun`. `[a,b]` is a list of
+    paths: between commas they are literal too.
 
     Raises: OptionError for an option written `--name`, and for the text `???`, which Hydra cannot tell from a
         missing value.
@@ -99,26 +100,36 @@ def quote_options(
         if name.startswith("--") and name not in _HYDRA_FLAGS:
             raise OptionError(f"options are written without dashes, as {name[2:]}={value or '...'}, got {argument!r}")
         is_free = separator and (key in text_options or (key in path_options and value != "null"))
-        if (
-            not is_free
-            or _is(QuotedString, value)
-            or (key in path_options and _is(list, value))
-            or (sweep and _is_sweep(argument))
-        ):
+        if not is_free or _is_quoted(value) or (sweep and _is_sweep(argument)):
             quoted.append(argument)
         elif value == "???":
             raise OptionError(f"{key} must not be '???', which stands for a missing value in configurations")
         else:
-            # A text is taken literally, a path may refer to other options.
-            text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value) if key in text_options else value
-            quoted.append(f"{name}={QuotedString(text=text, quote=Quote.single).with_quotes()}")
+            quoted.append(f"{name}={_quote_text(value) if key in text_options else _quote_paths(value)}")
     return quoted
 
 
-def _is(kind: type[QuotedString] | type[list[Any]], value: str) -> bool:
-    """Whether a value is one complete quoted string, or list, of Hydra's grammar."""
+def _quote_text(text: str) -> str:
+    """A text is taken literally: `${` in it refers to nothing."""
+    return _quote(re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text))
+
+
+def _quote_paths(value: str) -> str:
+    """A path, or a list of paths in square brackets; it may refer to other options. `[0-9].tar` is a path."""
+    if value.startswith("[") and value.endswith("]"):
+        paths = [path.strip() for path in value[1:-1].split(",")]
+        return f"[{','.join(path if _is_quoted(path) else _quote(path) for path in paths)}]"
+    return _quote(value)
+
+
+def _quote(text: str) -> str:
+    return str(QuotedString(text=text, quote=Quote.single).with_quotes())
+
+
+def _is_quoted(value: str) -> bool:
+    """Whether a value is one complete quoted string of Hydra's grammar."""
     override = _parse(f"any={value}")
-    return override is not None and isinstance(override._value, kind)
+    return override is not None and isinstance(override._value, QuotedString)
 
 
 def _is_sweep(argument: str) -> bool:

@@ -122,6 +122,58 @@ def test_weights_and_biases_log_offline_and_end_with_the_run(
     assert train(tmp_path, "dvae", "logger=wandb")["step"] == 8
     assert wandb.run is None, "the next job of a sweep would log into it"
     assert list((tmp_path / "dvae" / "wandb").glob("offline-run-*/*.wandb"))
+    assert (tmp_path / "dvae" / "wandb_id").read_text()
+
+
+def test_run_that_fails_ends_its_weights_and_biases_run_as_failed(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    codes: list[int | None] = []
+    finish = wandb.Run.finish
+    monkeypatch.setattr(
+        wandb.Run, "finish", lambda run, exit_code=None: (codes.append(exit_code), finish(run, exit_code))
+    )
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_end", stop_at_step(6))
+    with pytest.raises(SystemExit):
+        train(tmp_path, "dvae", "logger=wandb")
+    assert codes == [1]
+
+
+def test_wrong_trainer_leaves_no_weights_and_biases_files(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(Exception, match="Precision 17 is invalid"):
+        train(tmp_path, "dvae", "logger=wandb", "trainer.precision=17")
+    assert not (tmp_path / "dvae").exists()
+
+
+@pytest.mark.parametrize("moment", ["on_train_batch_start", "on_validation_batch_start"])
+def test_ctrl_c_is_not_an_error_of_training(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def press(self: object, trainer: Any, *_: object) -> None:
+        # In validation: of the last step, after training.
+        if moment == "on_train_batch_start" or trainer.state.fn == "validate":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"dalle1.training.callbacks.LastCheckpoint.{moment}", press)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "dvae")
+
+
+def test_wall_time_of_earlier_starts_counts(
+    train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained / "dvae", tmp_path / "dvae")
+    content = read_checkpoint(last(tmp_path, "dvae"))
+    assert 0 < content["wall_seconds"] < 1000
+    torch.save(content | {"wall_seconds": 5000.0}, last(tmp_path, "dvae"))
+    assert train(tmp_path, "dvae", "optim.max_steps=9")["wall_seconds"] > 5000
 
 
 def test_finished_stage_is_left_alone(train: Train, trained: Path) -> None:
@@ -148,6 +200,7 @@ def test_run_of_another_model_is_refused(train: Train, trained: Path) -> None:
         ("optim.lr=1e-4", r"another optim.lr \(0.003, not 0.0001\)"),
         ("optim.kl_weight=9", r"another optim.kl_weight \(.*, not 9\)"),
         ("data.seed=5", r"another data.seed \(0, not 5\)"),
+        ("data.train=elsewhere/mine-*.tar", r"another data.train \(\['train-\*.tar'\], not \['mine-\*.tar'\]\)"),
     ],
 )
 def test_run_with_other_options_is_refused(train: Train, trained: Path, override: str, message: str) -> None:

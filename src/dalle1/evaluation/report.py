@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 from dalle1.atomic_files import atomic, write_json
 from dalle1.cli import errors_in_one_line
+from dalle1.data.fields import require_int
 from dalle1.data.shards import ShardIndex
 from dalle1.evaluation.pictures import save_picture, to_pixels
 from dalle1.evaluation.shapes_scorer import Score, score, summarize
@@ -81,7 +82,7 @@ def make_report(
         f"prompt_accuracy_best_of_{candidates}": best["prompt"],
         "accuracy_single": single,
         f"accuracy_best_of_{candidates}": best,
-        "accuracy_best_of_by_kind": _by_kind([items[0] for items in scores]),
+        "prompt_accuracy_by_kind": _by_kind(scores),
         "sampling": asdict(sampling),
         "grids": [str(grid) for grid in grids],
     }
@@ -90,8 +91,9 @@ def make_report(
 def held_out_prompts(shards: str, count: int) -> list[str]:
     """The first `count` different captions of the test split.
 
-    Raises: ValueError if there are fewer; FileNotFoundError if there are no shards.
+    Raises: ValueError if `count` < 1 or there are fewer; FileNotFoundError if there are no shards.
     """
+    require_int("prompts", count, at_least=1)
     captions = list(dict.fromkeys(ShardIndex(shards).captions()))
     if len(captions) < count:
         raise ValueError(f"need {count} different test captions, got {len(captions)} in '{shards}'; make more")
@@ -113,6 +115,9 @@ def format_report(report: dict[str, Any]) -> str:
     single, best = report["accuracy_single"], report[best_key.removeprefix("prompt_")]
     accuracy = [(name, f"{single[name]:.1%}", f"{best[name]:.1%}") for name in single]
     accuracy[0] = ("whole prompt", *accuracy[0][1:])
+    for kind, values in report["prompt_accuracy_by_kind"].items():
+        name = f"whole prompt, {kind} ({values['n_prompts']})"
+        accuracy.append((name, f"{values['single']:.1%}", f"{values['best']:.1%}"))
     head = (f"{report['n_prompts']} held-out prompts right", "one sample", f"{best_name} by CLIP")
     return f"{tabulate(rows)}\n{tabulate(accuracy, headers=head)}"
 
@@ -134,13 +139,22 @@ def _score_candidates(result: PromptResult) -> list[Score]:
     return [score(picture, result.prompt) for picture in to_pixels(result.images)]
 
 
-def _by_kind(scores: Sequence[Score]) -> dict[str, float]:
-    """Whole-prompt accuracy of prompts with one object, with a relation, and with a count."""
-    kinds: dict[str, list[bool]] = {}
-    for item in scores:
-        kind = "pair" if "relation" in item.attributes else "count" if len(item.objects_right) > 1 else "single"
-        kinds.setdefault(kind, []).append(item.right)
-    return {kind: float(np.mean(values)) for kind, values in sorted(kinds.items())}
+def _by_kind(scores: Sequence[Sequence[Score]]) -> dict[str, dict[str, float]]:
+    """Whole-prompt accuracy of prompts for one object, several equal ones, and two related ones."""
+    kinds: dict[str, list[Sequence[Score]]] = {"one object": [], "equal objects": [], "relation": []}
+    for items in scores:
+        first = items[0]
+        related, several = "relation" in first.attributes, len(first.objects_right) > 1
+        kinds["relation" if related else "equal objects" if several else "one object"].append(items)
+    return {
+        kind: {
+            "n_prompts": len(prompts),
+            "single": float(np.mean([item.right for items in prompts for item in items])),
+            "best": float(np.mean([items[0].right for items in prompts])),
+        }
+        for kind, prompts in kinds.items()
+        if prompts
+    }
 
 
 def _draw(results: Sequence[PromptResult], scores: Sequence[Sequence[Score]], directory: Path) -> list[Path]:

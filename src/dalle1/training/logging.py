@@ -6,18 +6,33 @@ import logging
 import os
 import secrets
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning.loggers import WandbLogger
 
 logger = logging.getLogger(__name__)
+_ID_FILE = "wandb_id"  # in the run's directory
 
 
-def close_wandb() -> None:
-    """End the W&B run of this process, if there is one: the next job of a sweep must not log into it."""
+@contextmanager
+def wandb_run_ends() -> Iterator[None]:
+    """A W&B run that begins inside ends with it, as failed after an error: the next job of a sweep has its own."""
+    before, failed = _current_run(), True
+    try:
+        yield
+        failed = False
+    finally:
+        run = _current_run()
+        if run is not None and run is not before:
+            run.finish(exit_code=int(failed))
+
+
+def _current_run() -> Any:
     wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish()
+    return wandb.run if wandb is not None else None
 
 
 def build_wandb_logger(*, project: str, name: str, directory: str) -> WandbLogger:
@@ -30,16 +45,20 @@ def build_wandb_logger(*, project: str, name: str, directory: str) -> WandbLogge
     offline = mode == "offline" if mode else not wandb.login(prompt=False)
     if offline:
         logger.info("logging to W&B offline in '%s'; 'wandb sync' uploads it later", directory)
-    id_file = Path(directory) / "wandb_id"
-    id_file.parent.mkdir(parents=True, exist_ok=True)
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+    id_file = Path(directory) / _ID_FILE
     return WandbLogger(
         project=project,
         name=name,
         save_dir=directory,
-        id=id_file.read_text(),
+        id=id_file.read_text() if id_file.exists() else secrets.token_hex(4),
         resume=None if offline else "allow",
         offline=offline,
         log_model=False,
     )
+
+
+def begin_wandb_run(wandb_logger: WandbLogger, directory: Path, options: Mapping[str, Any]) -> None:
+    """Log the run's options, and keep its id in `directory` for when it is resumed."""
+    wandb_logger.log_hyperparams(dict(options))
+    assert wandb_logger.version is not None, "build_wandb_logger gave it an id"
+    (directory / _ID_FILE).write_text(wandb_logger.version, encoding="utf-8")

@@ -1,7 +1,8 @@
 """One stage of training from its configuration: what `train.py stage=...` does.
 
 Every stage reads the results of earlier ones in `results_dir` and writes its own into `run_dir`:
-`checkpoints/last.ckpt` (the tokenizer stage: `tokenizer.json`), `summary.json`, `config.yaml`, logs and pictures.
+`checkpoints/last.ckpt`, `summary.json`, `config.yaml`, logs and pictures; the tokenizer stage `tokenizer.json` and
+`summary.json`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -38,7 +40,7 @@ from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from dalle1.training.callbacks import AtomicCheckpointIO
 from dalle1.training.clip_module import CLIPModule
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
-from dalle1.training.logging import close_wandb
+from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
 from dalle1.training.stage_module import StageModule
 from dalle1.training.transformer_module import TransformerModule, TransformerOptimConfig
@@ -61,10 +63,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     run_dir = Path(cfg.run_dir)
     try:
-        return _run_stage(cfg, run_dir)
+        with wandb_run_ends():
+            return _run_stage(cfg, run_dir)
     finally:
-        # After the last validation, which logs too.
-        close_wandb()
         _remove_if_empty(run_dir)
 
 
@@ -77,15 +78,17 @@ def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     torch.set_flush_denormal(True)
     data = PairDataModule(build(cfg, "data", DataConfig))
     pl.seed_everything(cfg.seed, verbose=False)
-    earlier = _read_json(run_dir / SUMMARY)
+    earlier_seconds = 0.0
     if stage == "tokenizer":
         metrics = _train_tokenizer(cfg, data, run_dir)
     else:
-        metrics = _train_network(cfg, data, _MODULES[stage](cfg), run_dir)
+        module = _MODULES[stage](cfg)
+        metrics = _train_network(cfg, data, module, run_dir)
+        earlier_seconds = module.earlier_seconds
     if metrics is None:
-        logger.info("'%s' is complete; nothing to do", os.path.relpath(run_dir))
-        return earlier
-    seconds = earlier.get("wall_seconds", 0.0) + time.monotonic() - started
+        logger.info("'%s' is complete; nothing to do (another name= starts anew)", os.path.relpath(run_dir))
+        return _read_json(run_dir / SUMMARY)
+    seconds = earlier_seconds + time.monotonic() - started
     summary = {"stage": stage, "wall_seconds": round(seconds, 1), **metrics}
     rank_zero_only(write_json)(run_dir / SUMMARY, summary)
     return summary
@@ -214,6 +217,8 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     optim = asdict(module.optim)
     module.options = {"optim": {name: value for name, value in optim.items() if name not in _MAY_CHANGE}}
     module.options["data"] = {name: cfg.data[name] for name in ("image_size", "batch_size", "seed")}
+    # Names, not paths: shards may be copied to the machine that trains.
+    module.options["data"]["train"] = [Path(pattern).name for pattern in _as_list(data.config.train)]
     checkpoint = run_dir / CHECKPOINT
     if checkpoint.exists():
         step = _check_same_run(checkpoint, module)
@@ -227,22 +232,33 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    for each in trainer.loggers:
-        if isinstance(each, WandbLogger):
-            each.log_hyperparams(cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
-    except SystemExit as stop:
-        # Lightning turns Ctrl-C into exit code 1.
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-    trainer.save_checkpoint(checkpoint)
-    metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+        for each in trainer.loggers:
+            if isinstance(each, WandbLogger):
+                begin_wandb_run(each, run_dir, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
+    start = checkpoint if checkpoint.exists() else None
+    with _ctrl_c_stays_itself():
+        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+        trainer.save_checkpoint(checkpoint)
+        metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
     if trainer.is_global_zero:
         starts = sorted(run_dir.glob("logs/*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
         save_curves(starts, run_dir / "curves.png")
     return {"step": trainer.global_step, **{name.replace("val/", ""): value for name, value in metrics.items()}}
+
+
+@contextmanager
+def _ctrl_c_stays_itself() -> Iterator[None]:
+    """Lightning turns Ctrl-C into exit code 1; turn it back."""
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def _check_same_run(checkpoint: Path, module: StageModule) -> int:
@@ -251,7 +267,7 @@ def _check_same_run(checkpoint: Path, module: StageModule) -> int:
     saved, wanted = content[RECORD_KEY], module.record
     changed = [name for name in wanted if saved.get(name) != wanted[name]]
     for group, now in module.options.items():
-        before = content.get(OPTIONS_KEY, {}).get(group, now)
+        before = content.get(OPTIONS_KEY, {}).get(group, {})
         differing = [name for name in now if before.get(name) != now[name]]
         changed += [f"{group}.{name} ({before.get(name)}, not {now[name]})" for name in differing]
     if changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,7 +12,7 @@ from PIL import Image
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, make_record
+from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, SECONDS_KEY, make_record
 from dalle1.data.dataset import Batch
 from dalle1.models.clip import CLIP
 from dalle1.models.dvae import DVAE
@@ -55,6 +56,8 @@ class StageModule(pl.LightningModule):
         self.text_tokenizer = text_tokenizer
         # What else a run that continues this one must have in common with it; see `training.run`.
         self.options: dict[str, Any] = {}
+        self.earlier_seconds = 0.0  # what earlier starts of this run took, up to the checkpoint that it continues from
+        self._started = time.monotonic()
         self.record = make_record(
             model, text_tokenizer=text_tokenizer, dvae_sha256=dvae_sha256, caption_dropout=caption_dropout
         )
@@ -78,9 +81,14 @@ class StageModule(pl.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the record that rebuilds the network."""
+        """Add the record that rebuilds the network, the run's options and how long it took so far."""
         checkpoint[RECORD_KEY] = self.record
         checkpoint[OPTIONS_KEY] = self.options
+        checkpoint[SECONDS_KEY] = self.earlier_seconds + time.monotonic() - self._started
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count on from the time of earlier starts."""
+        self.earlier_seconds = checkpoint[SECONDS_KEY]
 
     def draw_samples(self, batch: Batch) -> Image.Image | None:
         """A picture of what the network does with validation samples; None if there is nothing to look at."""
