@@ -154,7 +154,7 @@ def test_wrong_trainer_leaves_no_weights_and_biases_files(
 
 @pytest.mark.parametrize("moment", ["on_train_batch_start", "on_validation_batch_start"])
 def test_ctrl_c_is_not_an_error_of_training(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
 ) -> None:
     def press(self: object, trainer: Any, *_: object) -> None:
         # In validation: of the last step, after training.
@@ -164,6 +164,7 @@ def test_ctrl_c_is_not_an_error_of_training(
     monkeypatch.setattr(f"dalle1.training.callbacks.LastCheckpoint.{moment}", press)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, "dvae")
+    assert capsys.readouterr().err.endswith("\n"), "what is printed next begins a line"
 
 
 def test_wall_time_of_earlier_starts_counts(

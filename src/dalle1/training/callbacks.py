@@ -63,6 +63,10 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             self._bar.close()
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that the error gets a line of its own."""
+        self.on_train_end(trainer, pl_module)
+
 
 class ValidationPictures(pl.Callback):
     """At every validation a picture of what the network does with the first validation samples."""

@@ -282,6 +282,8 @@ def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Tr
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Decoding in the training process is a choice of the configuration, not an oversight.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Steps are counted over epochs, so a short epoch is logged too.
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     arguments = instantiate(cfg.trainer, _convert_="all")
