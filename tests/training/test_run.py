@@ -321,7 +321,7 @@ def test_caption_too_long_is_an_error_or_cut_by_option(train: Train, tmp_path: P
     train(tmp_path, "tokenizer", short)
     with pytest.raises(ValueError, match=r"caption must have at most 3 tokens, got .*data.on_bad_sample=skip"):
         train(tmp_path, "clip", short)
-    shutil.rmtree(tmp_path / "clip")
+    assert not (tmp_path / "clip").exists()
     assert train(tmp_path, "clip", short, "truncate_captions=true")["step"] == 8
 
 
@@ -351,3 +351,13 @@ def test_report_has_the_promised_keys(trained: Path, shapes: Path) -> None:
     assert "whole prompt" in table
     assert "best of 16 by CLIP" in table
     json.dumps(report)
+
+
+def test_bad_picture_leaves_no_new_run_behind(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object, trainer: Any, *_: object) -> None:
+        raise ValueError("picture of sample '17' cannot be decoded")
+
+    monkeypatch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_start", refuse)
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        train(tmp_path, "dvae")
+    assert not (tmp_path / "dvae").exists()

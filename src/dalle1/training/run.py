@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,9 +63,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises: ValueError, TypeError or FileNotFoundError, each in one sentence, for anything that a user can cause.
     """
     run_dir = Path(cfg.run_dir)
+    is_new = not run_dir.exists() or not any(run_dir.iterdir())
     try:
         with wandb_run_ends():
             return _run_stage(cfg, run_dir)
+    except (ValueError, TypeError, OSError):
+        # Bad input, such as a picture that cannot be decoded: without a checkpoint there is nothing to go on from.
+        if is_new and not (run_dir / CHECKPOINT).exists():
+            rank_zero_only(shutil.rmtree)(run_dir, ignore_errors=True)
+        raise
     finally:
         _remove_if_empty(run_dir)
 
