@@ -107,7 +107,9 @@ def _remove_if_empty(run_dir: Path) -> None:
     for directory in (run_dir, *(parent for parent in run_dir.absolute().parents if here in parent.parents)):
         try:
             directory.rmdir()
-        except OSError:  # not empty, or not there
+        except FileNotFoundError:
+            continue
+        except OSError:  # not empty
             return
 
 
