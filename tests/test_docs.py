@@ -24,3 +24,11 @@ def test_choices_in_commands_exist(page: Path) -> None:
     for group in ("stage", "experiment", "trainer", "logger"):
         for choice in re.findall(rf"\b{group}=([a-z_]+)", text):
             assert (ROOT / "conf" / group / f"{choice}.yaml").is_file(), f"{group}={choice}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    cells = [len(re.sub(r"`[^`]*`", "", line).split("|")) if line.startswith("|") else 0 for line in lines]
+    ragged = [lines[i] for i in range(1, len(lines)) if cells[i] and cells[i - 1] and cells[i] != cells[i - 1]]
+    assert not ragged
