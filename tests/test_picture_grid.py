@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from dalle1.picture_grid import GridBlock, draw_grids, drawable, wrap
+from dalle1.picture_grid import GridBlock, draw_grids, draw_page, drawable, wrap
 
 
 def _block(n_pictures: int = 1, side: int = 32, title: str = "a title", captions: tuple[str, ...] = ()) -> GridBlock:
@@ -23,6 +23,24 @@ def test_small_pictures_are_enlarged_crisply_to_128_pixels() -> None:
     (page,) = draw_grids([GridBlock(title="t", pictures=[picture], captions=())])
     colors = {tuple(color) for color in np.asarray(picture).reshape(-1, 3)[:, :].tolist()}
     assert all(_area(page, color) % 16 == 0 for color in list(colors)[:50]), "4 x 4 equal pixels each"
+
+
+def test_long_thin_pictures_are_not_enlarged_beyond_1024_pixels() -> None:
+    picture = Image.new("RGB", (500, 2), (255, 0, 0))
+    assert _area(draw_page([GridBlock(title="t", pictures=[picture])]), (255, 0, 0)) == 1000 * 4
+
+
+def test_rows_of_pictures_stand_below_their_titles() -> None:
+    row = [Image.new("RGB", (128, 128), (255, 10 * i, 0)) for i in range(5)]
+    page = draw_page([GridBlock(title=title, pictures=row, columns=5) for title in ("original", "hard")])
+    assert page.width >= 5 * 128
+    lefts = [np.argwhere((np.asarray(page) == (255, 10 * i, 0)).all(axis=2)).min(axis=0)[1] for i in range(5)]
+    assert lefts == sorted(lefts)
+    assert _area(page, (255, 0, 0)) == 2 * 128 * 128
+
+
+def test_one_page_is_as_high_as_it_must_be() -> None:
+    assert draw_page([_block(side=1000)] * 10).height > 10_000
 
 
 def test_large_pictures_keep_their_size() -> None:

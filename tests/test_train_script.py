@@ -11,6 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from dalle1.checkpoint import load_dvae
+from dalle1.data.dataset import PairDataset, collate
+from dalle1.data.shards import ShardIndex
+from dalle1.evaluation.codebook_usage import codebook_usage
+from dalle1.evaluation.image_quality import psnr_db, squared_error
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train.py"
@@ -65,10 +72,26 @@ def test_stages_and_a_sweep_write_their_results(tmp_path: Path) -> None:
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     # With a codebook start: both ranks must agree on it, and until then the codebook has no gradient.
     start = ["optim.max_steps=4", "optim.codebook_start_step=2", "optim.codebook_start_pictures=16"]
+    # An odd number of pictures: means over ranks must weigh them.
+    start += ["data.recipe.val_samples=5"]
     done = _call(tmp_path, *TINY_DVAE, *TINY, *start, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "runs" / "shapes" / "dvae" / "summary.json").read_text())
+    run = tmp_path / "runs" / "shapes" / "dvae"
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["step"] == 4
+
+    dvae = load_dvae(run / "checkpoints" / "last.ckpt").model
+    pictures = PairDataset(ShardIndex(f"{tmp_path}/data/shapes/val-*.tar"), image_size=16)
+    image = collate([pictures[i] for i in range(len(pictures))])["image"]
+    tokens = dvae.encode(image)
+    error = squared_error(dvae.decode(tokens), image)
+    usage = codebook_usage(torch.bincount(tokens.flatten(), minlength=16))
+    assert len(image) == 5
+    # Batches of other sizes are summed in another order.
+    assert summary["mse"] == pytest.approx(float(error.mean()), rel=1e-4)
+    assert summary["psnr_db"] == pytest.approx(float(psnr_db(error).mean()), rel=1e-4)
+    assert summary["code_perplexity"] == pytest.approx(usage.perplexity, rel=1e-4)
+    assert summary["dead_codes"] == usage.n_dead
 
 
 @pytest.mark.parametrize(

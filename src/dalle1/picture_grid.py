@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-_SMALLEST_SIDE = 128  # smaller pictures are enlarged by a whole factor to at least this many pixels
+_SMALLEST_SIDE = 128  # smaller pictures are enlarged by a whole factor to at least this many pixels,
+_LARGEST_SIDE = 1024  # but not if their longer side would exceed this
 _MOST_COLUMNS = 8
 _NARROWEST_PAGE = 384
 _HIGHEST_PAGE = 8000  # pixels; what does not fit goes on a further page
@@ -24,7 +25,8 @@ class GridBlock:
 
     title: str
     pictures: Sequence[Image.Image]
-    captions: Sequence[str]
+    captions: Sequence[str] = ()
+    columns: int | None = None  # pictures in a line; by default about as many as lines, at most 8
 
 
 def draw_grids(blocks: Sequence[GridBlock]) -> list[Image.Image]:
@@ -40,6 +42,11 @@ def draw_grids(blocks: Sequence[GridBlock]) -> list[Image.Image]:
     return [_stack(blocks) for blocks in pages]
 
 
+def draw_page(blocks: Sequence[GridBlock]) -> Image.Image:
+    """One page with all blocks below one another, however high."""
+    return _stack([_draw_block(block) for block in blocks])
+
+
 def _stack(blocks: Sequence[Image.Image]) -> Image.Image:
     page = Image.new("RGB", (max(block.width for block in blocks), sum(block.height for block in blocks)), _BACKGROUND)
     top = 0
@@ -53,9 +60,9 @@ def _draw_block(content: GridBlock) -> Image.Image:
     """The title, and below it the pictures in lines of equal length."""
     pictures = content.pictures
     title_font, caption_font = ImageFont.load_default(16), ImageFont.load_default(12)
-    factor = max(1, math.ceil(_SMALLEST_SIDE / min(pictures[0].size)))
+    factor = max(1, min(math.ceil(_SMALLEST_SIDE / min(pictures[0].size)), _LARGEST_SIDE // max(pictures[0].size)))
     cell_width, cell_height = pictures[0].width * factor, pictures[0].height * factor
-    columns = min(math.ceil(math.sqrt(len(pictures))), _MOST_COLUMNS)
+    columns = content.columns or min(math.ceil(math.sqrt(len(pictures))), _MOST_COLUMNS)
     width = max(columns * (cell_width + _GAP) + _GAP, _NARROWEST_PAGE)
     lines = wrap(content.title, title_font, width - 2 * _GAP)
     title_height, caption_height = _line_height(title_font), _line_height(caption_font) if content.captions else 0

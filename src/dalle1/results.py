@@ -19,12 +19,9 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from jaxtyping import Float
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
-from dalle1.evaluation.pictures import to_pixels
+from dalle1.evaluation.pictures import to_pictures
 from dalle1.picture_grid import GridBlock, draw_grids
 from dalle1.pipeline import PromptResult
 
@@ -50,7 +47,11 @@ class WrittenRun:
 
 def default_directory(parent: str | Path, prompts: Sequence[str]) -> Path:
     """A directory that does not exist yet, named after the prompt (or how many there are) and the time."""
-    name = slug(prompts[0]) if len(prompts) == 1 else f"{len(prompts)}-prompts"
+    return new_directory(parent, slug(prompts[0]) if len(prompts) == 1 else f"{len(prompts)}-prompts")
+
+
+def new_directory(parent: str | Path, name: str) -> Path:
+    """A directory in `parent` that does not exist yet, called after `name` and the time."""
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     path, number = Path(parent) / stem, 2
     while path.exists():
@@ -125,10 +126,10 @@ def _write_pictures(
 ) -> dict[str, Any]:
     """One prompt's entry in the manifest."""
     entries = []
-    for rank, (image, seed) in enumerate(zip(result.images, result.seeds, strict=True), start=1):
+    for rank, (picture, seed) in enumerate(zip(to_pictures(result.images), result.seeds, strict=True), start=1):
         name = f"{number:04d}-{slug(result.prompt)}-{rank:03d}.png"
         score = result.scores[rank - 1] if result.scores else None
-        _to_picture(image).save(directory / name, pnginfo=_png_text(result.prompt, seed, score, checkpoints))
+        picture.save(directory / name, pnginfo=_png_text(result.prompt, seed, score, checkpoints))
         entries.append({"file": name, "seed": seed, "score": score})
     return {"prompt": result.prompt, "pictures": entries}
 
@@ -139,7 +140,7 @@ def _write_grids(results: Sequence[PromptResult], directory: Path) -> list[str]:
         [
             GridBlock(
                 title=result.prompt,
-                pictures=[_to_picture(image) for image in result.images],
+                pictures=to_pictures(result.images),
                 captions=[f"{score:.3f}" for score in result.scores or ()],
             )
             for result in results
@@ -155,10 +156,6 @@ def slug(text: str, *, length: int = 40) -> str:
     """A short name for files, of a-z, 0-9 and dashes; `prompt` if nothing of the text can be spelled so."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:length].rstrip("-") or "prompt"
-
-
-def _to_picture(image: Float[Tensor, "3 h w"]) -> Image.Image:
-    return Image.fromarray(to_pixels(image[None])[0])
 
 
 def _png_text(prompt: str, seed: int, score: float | None, checkpoints: Mapping[str, Mapping[str, Any]]) -> PngInfo:

@@ -100,6 +100,36 @@ def test_table_and_grids_show_the_report(results: Path, scenes: dict[str, Scene]
     assert listed == [f"{number}. {prompt}" for number, prompt in enumerate(scenes, 1)]
 
 
+def _dvae_summary(results: Path, **values: object) -> None:
+    path = results / "dvae" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_table_shows_all_that_the_dvae_measured(results: Path, scenes: dict[str, Scene]) -> None:
+    _dvae_summary(results, ssim=0.91234, mse=0.0012, relaxed_mse=0.0011, nats_per_dim=-1.25, relaxed_nats_per_dim=-1.5)
+    _dvae_summary(results, kl_per_position=4.5, kl_weight=6.6, temperature=0.0625, dead_codes=3.0, code_perplexity=81.5)
+    table = format_report(_report(results, scenes))
+    for number in ("0.912", "0.0012", "0.0011", "-1.250 nats/dim", "-1.500 nats/dim", "4.50 nats/position", "6.6"):
+        assert f"  {number}\n" in table.replace("-1.", "  -1."), number
+    assert "never used" in table
+    assert "81.5" in table
+    assert "alarm" not in table
+    assert "not measured" not in table
+
+
+def test_numbers_that_an_older_run_lacks_are_not_measured(results: Path, scenes: dict[str, Scene]) -> None:
+    table = format_report(_report(results, scenes))
+    assert table.count("not measured") == 10
+    assert "20.0 dB" in table
+
+
+def test_alarm_of_the_dvae_ends_the_report(results: Path, scenes: dict[str, Scene]) -> None:
+    _dvae_summary(results, alarm="code usage has collapsed: lower optim.lr")
+    report = _report(results, scenes)
+    assert format_report(report).endswith("\nalarm of the dVAE: code usage has collapsed: lower optim.lr")
+    assert report["dvae"]["alarm"]
+
+
 def test_stage_that_is_not_trained_is_named(results: Path, scenes: dict[str, Scene]) -> None:
     (results / "clip" / "summary.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"run 'python train.py stage=clip' to its end first"):

@@ -44,6 +44,24 @@ TINY = {
 Train = Callable[..., dict[str, Any]]
 
 
+@pytest.fixture(scope="session")
+def optim_numbers() -> dict[str, Any]:
+    """What every optimizer configuration must be told, for modules that are tested without a trainer."""
+    return {
+        "batch_size": 4,
+        "max_steps": 10,
+        "lr": 1e-3,
+        "final_lr": 0.0,
+        "warmup_steps": 1,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "grad_clip_norm": 1.0,
+        "ema_decay": 0.0,
+    }
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # Bit-exact comparisons and tiny sizes: threads would only add noise and time.

@@ -15,26 +15,13 @@ from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
 from dalle1.training.transformer_module import TransformerModule, TransformerOptimConfig
 
-NUMBERS: dict[str, Any] = {
-    "batch_size": 4,
-    "max_steps": 10,
-    "lr": 1e-3,
-    "final_lr": 0.0,
-    "warmup_steps": 1,
-    "beta1": 0.9,
-    "beta2": 0.99,
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "grad_clip_norm": 1.0,
-    "ema_decay": 0.0,
-}
-
 
 @pytest.fixture
 def make_module(
     make_transformer: Callable[..., DalleTransformer],
     make_dvae: Callable[..., DVAE],
     text_tokenizer: TextTokenizer,
+    optim_numbers: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., TransformerModule]:
     """A module whose logged values are in `logged`; keywords go to its optimizer configuration."""
@@ -45,7 +32,7 @@ def make_module(
         ).requires_grad_(True)
         module = TransformerModule(
             transformer,
-            TransformerOptimConfig(**(NUMBERS | options)),
+            TransformerOptimConfig(**(optim_numbers | options)),
             seed=0,
             image_tokenizer=ImageTokenizer(make_dvae(), sha256="x"),
             text_tokenizer=text_tokenizer,
@@ -111,6 +98,6 @@ def test_no_caption_is_dropped_by_default(
     assert module.training_step(batch_of(module, 2), 0) is None
 
 
-def test_caption_dropout_out_of_range_is_refused() -> None:
+def test_caption_dropout_out_of_range_is_refused(optim_numbers: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"optim.caption_dropout must be in \[0, 1\), got 1"):
-        TransformerOptimConfig(**(NUMBERS | {"caption_dropout": 1.0}))
+        TransformerOptimConfig(**(optim_numbers | {"caption_dropout": 1.0}))

@@ -1,23 +1,23 @@
-"""Pictures for people: tensors to PNG files, grids, curves."""
+"""Pictures for people: of tensors, of tokens, of code use, of curves; to PNG files."""
 
 from __future__ import annotations
 
 import csv
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
 from dalle1.atomic_files import atomic
 
-# Small pictures are enlarged to about this many pixels a side, by whole factors, so that they can be looked at.
-_COMFORTABLE_SIDE = 128
+# Steps of a sequence that fills the cube evenly (powers of 1 / g with g^4 = g + 1, Roberts 2018).
+_COLOR_STEPS = (0.8191725134, 0.6710436067, 0.5497004779)
 
 
 def to_pixels(image: Float[Tensor, "b 3 h w"]) -> np.ndarray:
@@ -26,16 +26,34 @@ def to_pixels(image: Float[Tensor, "b 3 h w"]) -> np.ndarray:
     return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
 
 
-def image_grid(image: Float[Tensor, "b 3 h w"], *, columns: int, gap: int = 2) -> Image.Image:
-    """Pictures in rows of `columns`, `gap` pixels apart on white; small ones enlarged without smoothing."""
-    rows = -(-len(image) // columns)
-    missing = rows * columns - len(image)
-    image = torch.cat([image, image.new_ones(missing, *image.shape[1:])])
-    scale = max(1, _COMFORTABLE_SIDE // image.shape[-1])
-    image = image.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-    image = torch.nn.functional.pad(image, (0, gap, 0, gap), value=1.0)
-    grid = rearrange(image, "(r c) d h w -> 1 d (r h) (c w)", r=rows)
-    return Image.fromarray(to_pixels(grid[..., :-gap, :-gap])[0])
+def to_pictures(image: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+    """Pictures in [0, 1] as Pillow's."""
+    return [Image.fromarray(pixels) for pixels in to_pixels(image)]
+
+
+def token_maps(image_tokens: Int[Tensor, "b gh gw"], *, pixels_per_token: int) -> list[Image.Image]:
+    """Each token a square in a colour that depends on its id alone: equal ids look equal, in any picture and run."""
+    ids = image_tokens.cpu().numpy()[..., None]
+    # 1 + id, because the sequence starts in a corner.
+    color = (40 + 215 * np.modf((1 + ids) * np.array(_COLOR_STEPS))[0]).astype(np.uint8)
+    squares = color.repeat(pixels_per_token, axis=1).repeat(pixels_per_token, axis=2)
+    return [Image.fromarray(picture) for picture in squares]
+
+
+def draw_code_use(counts: Int[Tensor, " vocab_size"], title: str) -> Image.Image:
+    """Codes by how often they occur, most frequent first, on a logarithmic scale; dead codes are the gap at the end."""
+    import matplotlib.figure
+
+    sorted_counts = counts.sort(descending=True).values.numpy()
+    figure = matplotlib.figure.Figure(figsize=(6, 3.2), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.stairs(sorted_counts, fill=True, baseline=0.5)
+    axes.set_yscale("log")
+    axes.set(xlim=(0, len(counts)), ylim=(0.5, None), xlabel="codes, most frequent first", ylabel="times used")
+    axes.set_title(title, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer)
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
@@ -52,16 +70,19 @@ def save_curves(metrics_csvs: Sequence[Path], path: Path) -> None:
 
     curves = _read_curves(metrics_csvs)
     names = sorted({name.partition("/")[2] for name in curves})
-    columns = 3
+    last_step = max(points[-1][0] for points in curves.values())
+    columns = 4
     rows = -(-len(names) // columns)
     figure = matplotlib.figure.Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
     for position, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, position + 1)
-        for split in ("train", "val"):
+        # Validation with points, because there may be only one.
+        for split, color, marker in (("train", "C0", ""), ("val", "C1", ".")):
             points = curves.get(f"{split}/{name}")
             if points:
                 steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, label=split, linewidth=1)
+                axes.plot(steps, values, label=split, color=color, linewidth=1, marker=marker)
+        axes.set_xlim(0, last_step * 1.02)
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.legend(fontsize=7, frameon=False)

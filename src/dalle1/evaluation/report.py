@@ -16,21 +16,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tabulate import tabulate
 
 from dalle1.atomic_files import atomic, write_json
 from dalle1.cli import errors_in_one_line
 from dalle1.data.fields import require_int
 from dalle1.data.shards import ShardIndex
-from dalle1.evaluation.pictures import save_picture, to_pixels
+from dalle1.evaluation.pictures import save_picture, to_pictures, to_pixels
 from dalle1.evaluation.shapes_scorer import Score, score, summarize
-from dalle1.picture_grid import GridBlock, draw_grids
+from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.pipeline import Pipeline, PromptResult, choose_device
 from dalle1.sampling.filters import SamplingConfig
 from dalle1.sampling.progress import progress_bar
 
 STAGES = ("tokenizer", "dvae", "clip", "transformer")
+# What the table says of the dVAE: key in its summary, words, how the number is written.
+_DVAE_ROWS = (
+    ("psnr_db", "dVAE reconstructions", "{:.1f} dB"),
+    ("ssim", "dVAE reconstructions, SSIM", "{:.3f}"),
+    ("mse", "dVAE reconstructions, mean squared error", "{:.2g}"),
+    ("relaxed_mse", "the same of relaxed codes", "{:.2g}"),
+    ("nats_per_dim", "dVAE reconstructions, likelihood", "{:.3f} nats/dim"),
+    ("relaxed_nats_per_dim", "the same of relaxed codes", "{:.3f} nats/dim"),
+    ("kl_per_position", "dVAE KL", "{:.2f} nats/position"),
+    ("kl_weight", "dVAE KL weight at the end", "{:g}"),
+    ("temperature", "dVAE temperature at the end", "{:g}"),
+    ("codes_used_share", "dVAE codes in use", "{:.0%}"),
+    ("dead_codes", "dVAE codes never used", "{:.0f}"),
+    ("code_perplexity", "dVAE code perplexity", "{:.1f}"),
+)
 
 
 def make_report(
@@ -75,6 +89,7 @@ def make_report(
         "wall_seconds_by_stage": seconds,
         "psnr_db": summaries["dvae"]["psnr_db"],
         "codes_used_share": summaries["dvae"]["codes_used_share"],
+        "dvae": summaries["dvae"],
         "text_nats_per_token": summaries["transformer"]["text_nats_per_token"],
         "image_nats_per_token": summaries["transformer"]["image_nats_per_token"],
         "n_prompts": len(prompts),
@@ -107,8 +122,7 @@ def format_report(report: dict[str, Any]) -> str:
     rows = [(f"{stage}, wall time", _minutes(seconds)) for stage, seconds in report["wall_seconds_by_stage"].items()]
     rows += [
         ("all stages, wall time", _minutes(report["wall_seconds"])),
-        ("dVAE reconstructions", f"{report['psnr_db']:.1f} dB"),
-        ("dVAE codes in use", f"{report['codes_used_share']:.0%}"),
+        *((words, _written(report["dvae"].get(key), form)) for key, words, form in _DVAE_ROWS),
         ("text", f"{report['text_nats_per_token']:.3f} nats/token"),
         ("image", f"{report['image_nats_per_token']:.3f} nats/token"),
     ]
@@ -119,7 +133,13 @@ def format_report(report: dict[str, Any]) -> str:
         name = f"whole prompt, {kind} ({values['n_prompts']})"
         accuracy.append((name, f"{values['single']:.1%}", f"{values['best']:.1%}"))
     head = (f"{report['n_prompts']} held-out prompts right", "one sample", f"{best_name} by CLIP")
-    return f"{tabulate(rows)}\n{tabulate(accuracy, headers=head)}"
+    alarm = f"\nalarm of the dVAE: {report['dvae']['alarm']}" if "alarm" in report["dvae"] else ""
+    return f"{tabulate(rows)}\n{tabulate(accuracy, headers=head)}{alarm}"
+
+
+def _written(value: float | None, form: str) -> str:
+    # Runs of earlier versions lack most of these numbers, and SSIM needs pictures of at least 11 pixels.
+    return "not measured" if value is None else form.format(value)
 
 
 def _minutes(seconds: float) -> str:
@@ -162,7 +182,7 @@ def _draw(results: Sequence[PromptResult], scores: Sequence[Sequence[Score]], di
     candidates = [
         GridBlock(
             title=result.prompt,
-            pictures=[Image.fromarray(picture) for picture in to_pixels(result.images)],
+            pictures=to_pictures(result.images),
             captions=[
                 f"{value:.3f} {'right' if item.right else 'wrong'}"
                 for value, item in zip(result.scores or [], items, strict=True)
@@ -172,12 +192,12 @@ def _draw(results: Sequence[PromptResult], scores: Sequence[Sequence[Score]], di
     ]
     best = GridBlock(
         title=f"Best of {len(results[0].images)} by CLIP for held-out prompts",
-        pictures=[Image.fromarray(to_pixels(result.images[:1])[0]) for result in results[:48]],
+        pictures=[to_pictures(result.images[:1])[0] for result in results[:48]],
         captions=[f"{number}. {'right' if items[0].right else 'wrong'}" for number, items in enumerate(scores[:48], 1)],
     )
     paths = [directory / "candidates.png", directory / "best.png"]
     for path, blocks in zip(paths, (candidates, [best]), strict=True):
-        save_picture(draw_grids(blocks)[0], path)
+        save_picture(draw_page(blocks), path)
     prompts = "".join(f"{number}. {result.prompt}\n" for number, result in enumerate(results[:48], 1))
     with atomic(directory / "best.txt") as temporary:
         temporary.write_text(prompts, encoding="utf-8")

@@ -69,15 +69,17 @@ class RunProgress(ProgressBar):
 
 
 class ValidationPictures(pl.Callback):
-    """At every validation a picture of what the network does with the first validation samples."""
+    """After every validation pictures of what the network does with the first validation samples.
+
+    Stands before `EMA` in the list of callbacks: that one takes the averaged weights out again."""
 
     def __init__(self, directory: str, n_samples: int = 8) -> None:
-        """Write `step<step>.png` into `directory`, drawn by the module's `draw_samples` from `n_samples` samples."""
+        """Write `<name>-step<step>.png` into `directory`: what the module's `draw_pictures` gives for `n_samples`."""
         self.directory = Path(directory)
         self.n_samples = n_samples
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw with the averaged weights, which are still in place."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw with the averaged weights, which are still in place, and what the module has counted."""
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, StageModule), "every stage of ours is one"
@@ -85,9 +87,8 @@ class ValidationPictures(pl.Callback):
         assert loader is not None, "validation is running, so there is a loader"
         count = min(self.n_samples, len(loader.dataset))
         batch = collate([loader.dataset[i] for i in range(count)])
-        picture = pl_module.draw_samples(batch)
-        if picture is not None:
-            save_picture(picture, self.directory / f"step{trainer.global_step:07d}.png")
+        for name, picture in pl_module.draw_pictures(batch).items():
+            save_picture(picture, self.directory / f"{name}-step{trainer.global_step:07d}.png")
 
 
 class LastCheckpoint(pl.Callback):

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from dalle1.data.dataset import Batch
-from dalle1.evaluation.pictures import image_grid
+from dalle1.evaluation.codebook_usage import codebook_usage, collapse_alarm
+from dalle1.evaluation.image_quality import SSIM_SMALLEST_SIDE, psnr_db, squared_error, ssim
+from dalle1.evaluation.pictures import draw_code_use, to_pictures, token_maps
 from dalle1.losses import gumbel_softmax, kl_to_uniform, logit_laplace_nll, negative_elbo
-from dalle1.models.dvae import DVAE
+from dalle1.models.dvae import DVAE, reconstruction
 from dalle1.models.pixels import map_pixels
+from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.training.codebook_start import check_feature_width, start_codebook
 from dalle1.training.optim import OptimConfig
 from dalle1.training.schedules import cosine
 from dalle1.training.stage_module import StageModule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +117,7 @@ class DVAEModule(StageModule):
         loss = negative_elbo(nll, kl, kl_weight=self.optim.kl_weight_at(step))
         values: dict[str, Tensor | float] = {
             "loss": loss,
-            "nats_per_dim": nll.mean(),
+            "relaxed_nats_per_dim": nll.mean(),
             "kl_per_position": kl.mean(),
             "temperature": self.optim.temperature(step),
             "kl_weight": self.optim.kl_weight_at(step),
@@ -118,29 +125,102 @@ class DVAEModule(StageModule):
         self.log_means("train", values, len(image))
         return loss
 
+    @property
+    def _has_codes(self) -> bool:
+        """Whether the network that is validated has its codebook; without, it is a plain autoencoder."""
+        start = self.optim.codebook_start_step
+        return start == 0 or self.global_step > start
+
     def on_validation_epoch_start(self) -> None:
         """Count codes from zero."""
         self._code_counts.zero_()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the error of hard reconstructions and count the codes they use."""
+        """Log what hard and relaxed codes lose, and count the hard ones; without codes, what the autoencoder loses."""
         image = batch["image"]
-        tokens = self.model.encode(image)
-        error = (self.model.decode(tokens) - image).square().mean(dim=(1, 2, 3))
-        psnr = -10 * error.clamp(min=1e-10).log10()  # pixels are in [0, 1], so the peak is 1
-        self.log_means("val", {"psnr_db": psnr.mean(), "mse": error.mean()}, len(image))
+        if not self._has_codes:
+            parameters = self.model.decode_vectors(self.model.features(image))
+            losses = _losses(image, parameters, self._nll(image, parameters), prefix="autoencoder_")
+            self.log_means("val", losses, len(image))
+            return
+        logits = self.model.logits(image)
+        tokens = logits.argmax(-1)
+        hard, relaxed = self._decode_hard(tokens), self._decode_relaxed(logits, self.step_generator(batch_idx))
+        nll = self._nll(image, relaxed)
+        values = _losses(image, hard, self._nll(image, hard)) | _losses(image, relaxed, nll, prefix="relaxed_")
+        if min(image.shape[-2:]) >= SSIM_SMALLEST_SIDE:
+            values["ssim"] = ssim(reconstruction(hard), image).mean()
+        kl, kl_weight = kl_to_uniform(logits), self.optim.kl_weight_at(self.global_step)
+        values |= {
+            "loss": negative_elbo(nll, kl, kl_weight=kl_weight),
+            "negative_elbo": negative_elbo(nll, kl, kl_weight=1.0),
+            "kl_per_position": kl.mean(),
+            "temperature": self.optim.temperature(self.global_step),
+            "kl_weight": kl_weight,
+        }
+        self.log_means("val", values, len(image))
         self._code_counts += torch.bincount(tokens.flatten().cpu(), minlength=len(self._code_counts))
 
     def on_validation_epoch_end(self) -> None:
-        """Log how the whole validation set uses the codebook, over all ranks."""
-        counts = self.trainer.strategy.reduce(self._code_counts.to(self.device), reduce_op="sum").cpu()
-        probs = counts.double() / counts.sum()
-        entropy = -(probs * probs.clamp(min=1e-300).log()).sum()
-        self.log("val/codes_used_share", (counts > 0).float().mean(), sync_dist=True)
-        self.log("val/code_perplexity", entropy.exp().float(), sync_dist=True)
+        """Log how the whole validation set uses the codebook, over all ranks, and sound the alarm if it does not."""
+        if not self._has_codes:
+            return
+        self._code_counts.copy_(self.trainer.strategy.reduce(self._code_counts.to(self.device), reduce_op="sum"))
+        usage = codebook_usage(self._code_counts)
+        for name, value in (
+            ("codes_used_share", usage.used_share),
+            ("code_perplexity", usage.perplexity),
+            ("dead_codes", usage.n_dead),
+        ):
+            self.log(f"val/{name}", float(value), sync_dist=True)
+        self.alarm = collapse_alarm(usage)
+        if self.alarm and self.trainer.is_global_zero:
+            logger.warning("step %d: %s", self.global_step, self.alarm)
 
     @torch.no_grad()
-    def draw_samples(self, batch: Batch) -> Image.Image:
-        """Pictures above their reconstructions from argmax codes."""
+    def draw_pictures(self, batch: Batch) -> dict[str, Image.Image]:
+        """Pictures above what relaxed and hard codes make of them and the codes; how the validation set uses codes."""
         image = batch["image"].to(self.device)
-        return image_grid(torch.cat([image, self.model.decode(self.model.encode(image))]), columns=len(image))
+        if not self._has_codes:
+            title = f"autoencoder: codes begin after step {self.optim.codebook_start_step}"
+            seen = reconstruction(self.model.decode_vectors(self.model.features(image)))
+            return {"reconstructions": _rows({"original": to_pictures(image), title: to_pictures(seen)})}
+        logits = self.model.logits(image)
+        tokens = logits.argmax(-1)
+        # The same noise after every update: what changes between two pictures is the network.
+        noise = torch.Generator(self.device).manual_seed(self.seed)
+        temperature = self.optim.temperature(self.global_step)
+        rows = {
+            "original": to_pictures(image),
+            f"relaxed, at temperature {temperature:.3g}": to_pictures(
+                reconstruction(self._decode_relaxed(logits, noise))
+            ),
+            "hard": to_pictures(reconstruction(self._decode_hard(tokens))),
+            "tokens": token_maps(tokens, pixels_per_token=self.model.config.downsampling),
+        }
+        title = f"step {self.global_step}: {codebook_usage(self._code_counts)}"
+        return {"reconstructions": _rows(rows), "code_use": draw_code_use(self._code_counts, title)}
+
+    def _decode_hard(self, tokens: Tensor) -> Tensor:
+        return self.model.decode_vectors(F.embedding(tokens, self.model.codebook))
+
+    def _decode_relaxed(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        return self.model.decode_soft(gumbel_softmax(logits, self.optim.temperature(self.global_step), generator))
+
+    def _nll(self, image: Tensor, parameters: Tensor) -> Tensor:
+        return logit_laplace_nll(map_pixels(image), parameters, min_log_scale=self.optim.min_log_scale)
+
+
+def _losses(image: Tensor, parameters: Tensor, nll: Tensor, *, prefix: str = "") -> dict[str, Tensor | float]:
+    """What a reconstruction loses, as likelihood and as error: means over a batch."""
+    error = squared_error(reconstruction(parameters), image)
+    return {
+        f"{prefix}nats_per_dim": nll.mean(),
+        f"{prefix}mse": error.mean(),
+        f"{prefix}psnr_db": psnr_db(error).mean(),
+    }
+
+
+def _rows(pictures: dict[str, list[Image.Image]]) -> Image.Image:
+    """Rows of pictures below their names."""
+    return draw_page([GridBlock(title=name, pictures=row, columns=len(row)) for name, row in pictures.items()])

@@ -252,7 +252,8 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     if trainer.is_global_zero:
         starts = sorted(run_dir.glob("logs/*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
         save_curves(starts, run_dir / "curves.png")
-    return {"step": trainer.global_step, **{name.replace("val/", ""): value for name, value in metrics.items()}}
+    summary = {"step": trainer.global_step, **{name.replace("val/", ""): value for name, value in metrics.items()}}
+    return summary | ({"alarm": module.alarm} if module.alarm else {})
 
 
 @contextmanager

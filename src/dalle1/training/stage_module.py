@@ -21,9 +21,12 @@ from dalle1.tokenizers.text import TextTokenizer
 from dalle1.training.optim import OptimConfig, build_optimizer
 
 
-def step_seed(seed: int, rank: int, step: int) -> int:
-    """Seed of one update on one rank, in [0, 2^32): PyTorch's CPU generator uses no more than 32 bits."""
-    return int.from_bytes(hashlib.sha256(f"{seed}|{rank}|{step}".encode()).digest()[:4], "big")
+def step_seed(seed: int, rank: int, step: int, *batch: int) -> int:
+    """Seed of one update on one rank, in [0, 2^32): PyTorch's CPU generator uses no more than 32 bits.
+
+    With the number of a validation `batch`, its seed after that update."""
+    text = "|".join(str(number) for number in (seed, rank, step, *batch))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 class StageModule(pl.LightningModule):
@@ -56,6 +59,7 @@ class StageModule(pl.LightningModule):
         self.text_tokenizer = text_tokenizer
         # What else a run that continues this one must have in common with it; see `training.run`.
         self.options: dict[str, Any] = {}
+        self.alarm: str | None = None  # what the last validation found wrong, in one sentence; goes into the summary
         self.earlier_seconds = 0.0  # what earlier starts of this run took, up to the checkpoint that it continues from
         self._started = time.monotonic()
         self.record = make_record(
@@ -90,14 +94,16 @@ class StageModule(pl.LightningModule):
         """Count on from the time of earlier starts."""
         self.earlier_seconds = checkpoint[SECONDS_KEY]
 
-    def draw_samples(self, batch: Batch) -> Image.Image | None:
-        """A picture of what the network does with validation samples; None if there is nothing to look at."""
-        return None
+    def draw_pictures(self, batch: Batch) -> dict[str, Image.Image]:
+        """Pictures, by their names, of what the network does with validation samples; drawn after each validation."""
+        return {}
 
-    def step_generator(self) -> torch.Generator:
-        """Randomness of this update on this rank: a function of the seed and the step, so resuming needs no state."""
+    def step_generator(self, *batch: int) -> torch.Generator:
+        """Randomness of this update on this rank: a function of the seed and the step, so resuming needs no state.
+
+        With the number of a validation `batch`, that of this batch."""
         generator = torch.Generator(self.device)
-        generator.manual_seed(step_seed(self.seed, self.global_rank, self.global_step))
+        generator.manual_seed(step_seed(self.seed, self.global_rank, self.global_step, *batch))
         return generator
 
     def log_means(self, split: str, values: dict[str, Tensor | float], batch_size: int) -> None:
@@ -106,7 +112,8 @@ class StageModule(pl.LightningModule):
             self.log(
                 f"{split}/{name}",
                 value,
-                batch_size=batch_size,
+                # Lightning averages these weights over ranks in whole numbers: multiples of their number stay exact.
+                batch_size=batch_size * self.trainer.world_size,
                 on_step=split == "train",
                 on_epoch=split != "train",
                 sync_dist=split != "train",

@@ -9,9 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.data.dataset import Batch
-from dalle1.evaluation.pictures import image_grid
+from dalle1.evaluation.pictures import to_pictures
 from dalle1.losses import masked_mean, token_nats
 from dalle1.models.transformer import DalleTransformer
+from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.sampling.generate import generate
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
@@ -98,11 +99,13 @@ class TransformerModule(StageModule):
         """Log the same for the validation set."""
         self._step("val", batch, self._image_tokens(batch["image"]))
 
-    def draw_samples(self, batch: Batch) -> Image.Image:
+    def draw_pictures(self, batch: Batch) -> dict[str, Image.Image]:
         """One sample of each caption, drawn from the same random numbers every time."""
         text_tokens = batch["text_tokens"].to(self.device)
         tokens = generate(self.model, text_tokens, seeds=[[i] for i in range(len(text_tokens))])
-        return image_grid(self.image_tokenizer.decode(tokens.flatten(0, 1)), columns=len(text_tokens))
+        samples = to_pictures(self.image_tokenizer.decode(tokens.flatten(0, 1)))
+        block = GridBlock(title="one sample for each caption", pictures=samples, columns=len(samples))
+        return {"samples": draw_page([block])}
 
     def _step(self, split: str, batch: Batch, image_tokens: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Weighted nats; captions that are `dropped`, bool (b, 1), are no input and no target."""
