@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from dalle1.cli import OptionError, describe, errors_in_one_line, quote_options, run_script
+from dalle1.cli import OptionError, dashed_options, describe, errors_in_one_line, quote_options, run_script
 
 
 def _value_after_hydra(argument: str) -> object:
@@ -271,3 +271,15 @@ def test_children_of_a_script_do_not_inherit_full_errors(config_dir: Path, monke
 def test_command_line_needs_no_torch() -> None:
     code = "import sys, dalle1.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_named_options_get_dashes_and_all_else_stays() -> None:
+    arguments = ["a.jpg", "out=x", "--out=y", "ckpt=a=b", "side=", "other=1", "out"]
+    expected = ["a.jpg", "--out=x", "--out=y", "--ckpt=a=b", "--side=", "other=1", "out"]
+    assert dashed_options(arguments, ("out", "ckpt", "side")) == expected
+
+
+def test_file_that_looks_like_an_option_stays_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out=1.png").touch()
+    assert dashed_options(["out=1.png", "out=2"], ("out",)) == ["out=1.png", "--out=2"]

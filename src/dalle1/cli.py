@@ -1,4 +1,4 @@
-"""What the command lines of train.py and sample.py share: free text in options, and errors in one line.
+"""What the command lines share: free text in options, options without dashes, and errors in one line.
 
 Hydra's grammar gives a meaning to commas, quotes, brackets and more, so a prompt from the shell is quoted for it
 here. Errors that a user, an option or a file can cause become one line on stderr and an exit code: 2 for the
@@ -142,6 +142,18 @@ def _parse(argument: str) -> Override | None:
         return OverridesParser.create().parse_override(argument)
     except HydraException:
         return None
+
+
+def dashed_options(arguments: Sequence[str], names: Collection[str]) -> list[str]:
+    """Arguments for argparse, with the options `names` written `name=value`, as in Hydra's grammar, as `--name=value`.
+
+    A file whose whole name looks like such an option stays a file."""
+
+    def is_option(argument: str) -> bool:
+        name, separator, _ = argument.partition("=")
+        return bool(separator) and name in names and not os.path.lexists(argument)
+
+    return [f"--{argument}" if is_option(argument) else argument for argument in arguments]
 
 
 @contextmanager

@@ -1,0 +1,76 @@
+"""Picture files by what a person names them: paths, folders, globs, shards."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from dalle1.data.shards import ShardIndex
+
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFile:
+    """An undecoded picture that has not been read yet."""
+
+    source: str  # its path; in a shard, the shard's path and the sample's key
+    stem: str  # name without folder and extension
+    read: Callable[[], bytes]  # raises OSError or, for a sample without a picture, ValueError
+
+
+def find_pictures(patterns: Sequence[str]) -> list[PictureFile]:
+    """The pictures that paths name, each once, in the order of the paths.
+
+    A path is a file of any name, a folder (its .jpg, .jpeg, .png and .webp files at any depth, sorted; hidden ones
+    are passed over), an uncompressed .tar shard in the layout of `data.shards`, or a glob of these.
+
+    Raises: FileNotFoundError for a path or glob that leads nowhere and for a folder without pictures; ValueError for
+        what is neither file nor folder, and for a damaged shard; OSError for a folder that cannot be read.
+    """
+    paths: dict[str, str] = {}
+    for pattern in patterns:
+        for path in _expand(pattern):
+            paths.setdefault(os.path.abspath(path), path)
+    return [file for path in paths.values() for file in _open(path)]
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if not matches:
+        raise FileNotFoundError(f"no picture, folder or shard at {pattern!r}; correct the path")
+    for path in matches:
+        if os.path.isdir(path):
+            yield from _pictures_below(path)
+        elif os.path.isfile(path):
+            yield path
+        else:
+            raise ValueError(f"pictures must be files, folders or shards, got {path!r}, which is none of them")
+
+
+def _pictures_below(folder: str) -> list[str]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for directory, subfolders, names in os.walk(folder, onerror=fail):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        names = [name for name in names if name.lower().endswith(_EXTENSIONS) and not name.startswith(".")]
+        found += [os.path.join(directory, name) for name in names]
+    if not found:
+        raise FileNotFoundError(f"folder {folder!r} must hold pictures ({', '.join(_EXTENSIONS)}), it has none")
+    return sorted(found)
+
+
+def _open(path: str) -> Iterator[PictureFile]:
+    if not path.lower().endswith(".tar"):
+        yield PictureFile(source=path, stem=Path(path).stem, read=Path(path).read_bytes)
+        return
+    shard = ShardIndex(path)
+    for i in range(len(shard)):
+        key = shard.key(i)
+        yield PictureFile(source=f"{path}/{key}", stem=PurePosixPath(key).name, read=partial(shard.image, i))
