@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dalle1.data.dataset import Batch
 from dalle1.evaluation.pictures import image_grid
-from dalle1.losses import gumbel_softmax, kl_to_uniform, logit_laplace_nll, negative_elbo
+from dalle1.losses import logit_laplace_nll, negative_elbo
 from dalle1.models.dvae import DVAE
 from dalle1.models.pixels import map_pixels
 from dalle1.training.codebook_start import check_feature_width, start_codebook
@@ -102,10 +102,9 @@ class DVAEModule(StageModule):
             idle = (*self.model.encoder.head.parameters(), self.model.codebook)
             kl = 0.0 * torch.stack([weight.sum() for weight in idle]).sum().expand(len(image), 1, 1)
         else:
-            logits = self.model.logits(image)
-            codes = gumbel_softmax(logits, self.optim.temperature(step), self.step_generator())
-            parameters = self.model.decode_soft(codes)
-            kl = kl_to_uniform(logits)
+            parameters, kl = self.model.relaxed(
+                image, temperature=self.optim.temperature(step), generator=self.step_generator()
+            )
         nll = logit_laplace_nll(map_pixels(image), parameters, min_log_scale=self.optim.min_log_scale)
         loss = negative_elbo(nll, kl, kl_weight=self.optim.kl_weight_at(step))
         values: dict[str, Tensor | float] = {
