@@ -65,6 +65,16 @@ def test_same_input_gives_the_same_bytes_and_keys_go_on_in_the_next_shard(script
     assert b"000000001.jpg" in before[1]
 
 
+def test_damaged_picture_is_named_and_leaves_no_shard(
+    script: ModuleType, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "emoji_u1f600.png").write_bytes(b"<html>")
+    with pytest.raises(SystemExit):
+        make(script, source)
+    assert "emoji_u1f600.png' must be a picture, but it is not a JPEG, PNG or WebP file" in capsys.readouterr().err
+    assert list((source / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
