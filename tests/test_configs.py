@@ -142,6 +142,16 @@ def test_paper_models_have_the_papers_sizes() -> None:
     assert (transformer.n_layers, transformer.n_heads, transformer.d_model) == (64, 62, 3968)
 
 
+@pytest.mark.parametrize(
+    ("stage", "augmentation"),
+    [("tokenizer", "none"), ("dvae", "dvae"), ("transformer", "transformer"), ("clip", "transformer")],
+)
+def test_paper_augments_as_its_listings_do(stage: str, augmentation: str) -> None:
+    data = build(composed(f"stage={stage}", "experiment=paper", *SHARDS), "data", DataConfig)
+    assert (data.augmentation, data.image_size, data.small_pictures) == (augmentation, 256, "enlarge")
+    assert build(composed(f"stage={stage}"), "data", DataConfig).augmentation == "none"
+
+
 def test_experiment_overrides_groups_and_the_command_line_overrides_the_experiment() -> None:
     assert composed("stage=dvae").image_size != 256
     assert composed("stage=dvae", "experiment=paper", *SHARDS).image_size == 256
