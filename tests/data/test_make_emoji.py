@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,14 +22,9 @@ NAMES = """# group: Smileys & Emotion
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
+def script(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("make_emoji", REPOSITORY / "data" / "make_emoji.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("make_emoji")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ class PictureFile:
     data: bytes
     width: int
     height: int
-    caption: str
+    caption: str | None  # None for a picture without one
     metadata: dict[str, Any] = field(default_factory=dict)  # goes into the .json beside caption, key and size
 
 
@@ -38,13 +38,9 @@ def write_shard(path: Path, pictures: Iterable[PictureFile], *, first: int = 0) 
                 "height": picture.height,
                 **picture.metadata,
             }
-            tar.write(
-                {
-                    "__key__": key,
-                    picture.extension: picture.data,
-                    "txt": picture.caption.encode(),
-                    "json": json.dumps(metadata).encode(),
-                }
-            )
+            sample: dict[str, Any] = {"__key__": key, picture.extension: picture.data}
+            if picture.caption is not None:
+                sample["txt"] = picture.caption.encode()
+            tar.write({**sample, "json": json.dumps(metadata).encode()})
             n_samples += 1
     return n_samples
