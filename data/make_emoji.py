@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import re
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
-from webdataset import TarWriter
 
 from dalle1.atomic_files import atomic
 from dalle1.cli import errors_in_one_line
 from dalle1.data.fields import require_int
+from dalle1.data.shard_writer import PictureFile, write_shard
+from dalle1.data.transforms import decode_image
 
 # A line of emoji-test.txt: 2764 FE0F ; fully-qualified # ❤️ E0.6 red heart
 _LINE = re.compile(r"(?P<codes>[0-9A-F ]+?) *; fully-qualified +# \S+ E[0-9.]+ (?P<name>.+)")
@@ -36,24 +36,17 @@ def read_names(path: Path) -> dict[str, str]:
     return names
 
 
-def encode_on_white(path: Path, side: int) -> bytes:
-    """A transparent picture as JPEG on white, side x side pixels."""
-    with Image.open(path) as picture:
-        pixels = picture.convert("RGBA").resize((side, side), Image.Resampling.LANCZOS)
-    white = Image.new("RGBA", pixels.size, "white")
+def read_emoji(path: Path, name: str, side: int) -> PictureFile:
+    """A picture as JPEG on white, side x side pixels, with its name as caption.
+
+    Raises: ValueError if it cannot be decoded."""
+    try:
+        picture = decode_image(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"'{path}' must be a picture, but {error}; get it again") from error
     file = io.BytesIO()
-    Image.alpha_composite(white, pixels).convert("RGB").save(file, "jpeg", quality=95)
-    return file.getvalue()
-
-
-def write_shard(path: Path, samples: list[tuple[Path, str]], first: int, side: int) -> None:
-    """Write one shard of (picture, name) pairs, whose keys count from `first`; the same input gives the same bytes."""
-    with atomic(path) as temporary, open(temporary, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for number, (picture, name) in enumerate(samples, first):
-            key = f"{number:09d}"
-            metadata = {"caption": name, "key": key, "status": "success", "width": side, "height": side}
-            jpeg, text = encode_on_white(picture, side), json.dumps(metadata)
-            tar.write({"__key__": key, "jpg": jpeg, "txt": name.encode(), "json": text.encode()})
+    picture.resize((side, side), Image.Resampling.LANCZOS).save(file, "jpeg", quality=95)
+    return PictureFile(extension="jpg", data=file.getvalue(), width=side, height=side, caption=name)
 
 
 @errors_in_one_line()
@@ -75,8 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     with tqdm(total=len(samples), desc="emoji", unit="picture", disable=None) as bar:
         for number, first in enumerate(range(0, len(samples), options.samples_per_shard)):
             part = samples[first : first + options.samples_per_shard]
-            write_shard(options.out / f"emoji-{number:05d}.tar", part, first, options.image_size)
-            bar.update(len(part))
+            pictures = (read_emoji(path, name, options.image_size) for path, name in part)
+            with atomic(options.out / f"emoji-{number:05d}.tar") as temporary:
+                bar.update(write_shard(temporary, pictures, first=first))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import get_class, instantiate
@@ -118,7 +117,9 @@ def test_every_yaml_is_covered() -> None:
 )
 def test_every_field_of_a_configuration_is_written_down(path: Path) -> None:
     # Else `--help` would not show it, and the command line could set it only with a `+`.
-    content = yaml.safe_load(path.read_text())
+    group = path.parent.name
+    stage = next((stage for stage in STAGES if path.stem.startswith(stage)), "dvae")
+    content = composed(f"stage={stage}", *SHARDS, f"{group}={path.stem}")[group]
     fields = {field.name for field in dataclasses.fields(get_class(content["_target_"]))}
     assert content.keys() - {"_target_"} == fields
 
@@ -139,6 +140,16 @@ def test_paper_models_have_the_papers_sizes() -> None:
     assert (dvae.downsampling, dvae.vocab_size) == (8, 8192)
     assert (transformer.text_seq_len, transformer.image_seq_len) == (256, 1024)
     assert (transformer.n_layers, transformer.n_heads, transformer.d_model) == (64, 62, 3968)
+
+
+@pytest.mark.parametrize(
+    ("stage", "augmentation"),
+    [("tokenizer", "none"), ("dvae", "dvae"), ("transformer", "transformer"), ("clip", "transformer")],
+)
+def test_paper_augments_as_its_listings_do(stage: str, augmentation: str) -> None:
+    data = build(composed(f"stage={stage}", "experiment=paper", *SHARDS), "data", DataConfig)
+    assert (data.augmentation, data.image_size, data.small_pictures) == (augmentation, 256, "enlarge")
+    assert build(composed(f"stage={stage}"), "data", DataConfig).augmentation == "none"
 
 
 def test_experiment_overrides_groups_and_the_command_line_overrides_the_experiment() -> None:

@@ -9,8 +9,6 @@ import torch
 
 from dalle1.losses import (
     contrastive_loss,
-    gumbel_softmax,
-    kl_to_uniform,
     logit_laplace_nll,
     masked_mean,
     negative_elbo,
@@ -47,21 +45,6 @@ def test_nll_of_half_precision_is_computed_in_single() -> None:
     assert nll.dtype == torch.float32
 
 
-def test_kl_of_the_uniform_distribution_is_0() -> None:
-    torch.testing.assert_close(kl_to_uniform(torch.full((2, 5, 8), 3.0)), torch.zeros(2, 5), atol=1e-6, rtol=0)
-
-
-def test_kl_of_one_certain_code_is_ln_k() -> None:
-    logits = torch.zeros(1, 8)
-    logits[0, 3] = 100
-    assert kl_to_uniform(logits).item() == pytest.approx(math.log(8))
-
-
-def test_kl_of_two_equal_codes_of_eight_is_ln_4() -> None:
-    logits = torch.tensor([[50.0, 50.0, 0, 0, 0, 0, 0, 0]])
-    assert kl_to_uniform(logits).item() == pytest.approx(math.log(4))
-
-
 def test_kl_of_a_position_counts_one_192nd_at_the_papers_size() -> None:
     kl = torch.full((1, 32, 32), 2.0)
     loss = negative_elbo(torch.zeros(1, 3, 256, 256), kl, kl_weight=6.6)
@@ -73,32 +56,6 @@ def test_negative_elbo_does_not_depend_on_the_batch_size() -> None:
     one = negative_elbo(nll, kl, kl_weight=3.0)
     four = negative_elbo(nll.expand(4, -1, -1, -1), kl.expand(4, -1, -1), kl_weight=3.0)
     torch.testing.assert_close(one, four)
-
-
-def test_gumbel_softmax_at_low_temperature_draws_codes_with_their_probability() -> None:
-    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
-    n = 20_000
-    draws = gumbel_softmax(logits.expand(n, 4), 0.01, torch.Generator().manual_seed(0)).argmax(-1)
-    frequency = torch.bincount(draws, minlength=4) / n
-    # Five standard deviations of a frequency near 1/2: chance of a false alarm below 1e-5, and the seed is fixed.
-    torch.testing.assert_close(frequency, logits.softmax(0), atol=5 * 0.5 / n**0.5, rtol=0)
-
-
-def test_gumbel_softmax_is_a_distribution_that_sharpens_with_low_temperature() -> None:
-    logits = torch.randn(50, 6)
-    soft = gumbel_softmax(logits, 1.0, torch.Generator().manual_seed(0))
-    sharp = gumbel_softmax(logits, 1 / 16, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(soft.sum(-1), torch.ones(50))
-    assert (sharp.amax(-1) >= soft.amax(-1)).all()
-
-
-def test_gumbel_softmax_of_half_precision_is_single() -> None:
-    assert gumbel_softmax(torch.zeros(2, 3, dtype=torch.bfloat16), 1.0).dtype == torch.float32
-
-
-def test_gumbel_softmax_refuses_temperature_0() -> None:
-    with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
-        gumbel_softmax(torch.zeros(2, 3), 0.0)
 
 
 def test_token_nats_of_a_uniform_prediction_is_ln_v() -> None:

@@ -24,32 +24,6 @@ def logit_laplace_nll(
     return error + log_scale + math.log(2) + mapped.log() + (1 - mapped).log()
 
 
-def kl_to_uniform(logits: Float[Tensor, "*positions v"]) -> Float[Tensor, "*positions"]:
-    """KL divergence of each categorical to the uniform one: ln v minus its entropy, in [0, ln v].
-
-    Of the raw logits, whatever the temperature of the relaxation (paper's first author, openai/DALL-E issue 26).
-    """
-    log_probs = F.log_softmax(logits.float(), dim=-1)
-    return (log_probs.exp() * log_probs).sum(-1) + math.log(logits.shape[-1])
-
-
-def gumbel_softmax(
-    logits: Float[Tensor, "*positions v"], temperature: float, generator: torch.Generator | None = None
-) -> Float[Tensor, "*positions v"]:
-    """A relaxed sample: softmax((logits + Gumbel noise) / temperature), fp32.
-
-    Noise in half precision has only about a thousand distinct values, so it is drawn in fp32.
-    Raises: ValueError unless temperature > 0.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    logits = logits.float()
-    uniform = torch.rand(logits.shape, device=logits.device, generator=generator)
-    # Kept away from 0 and 1, where the double logarithm is infinite.
-    noise = -torch.log(-torch.log(uniform.clamp_(1e-20, 1 - 2**-24)))
-    return F.softmax((logits + noise) / temperature, dim=-1)
-
-
 def negative_elbo(
     nll: Float[Tensor, "b 3 h w"], kl: Float[Tensor, "b gh gw"], *, kl_weight: float
 ) -> Float[Tensor, ""]:

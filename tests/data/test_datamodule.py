@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dalle1.data.datamodule import DataConfig, PairDataModule
 from dalle1.data.shapes_shards import ShapesRecipe
 
 WriteShard = Callable[[str, list[tuple[str, bytes]]], str]
+Encode = Callable[..., bytes]
 MakeSamples = Callable[..., list[tuple[str, bytes]]]
 
 
@@ -38,6 +40,10 @@ def encode_length(captions: list[str]) -> Tensor:
         ("num_workers", 1.5, TypeError, r"num_workers must be an integer >= 0, got 1\.5 of type float"),
         ("seed", True, TypeError, "seed must be an integer >= 0, got True of type bool"),
         ("on_bad_sample", "ignore", ValueError, "on_bad_sample must be 'error' or 'skip', got 'ignore'"),
+        ("augmentation", "flip", ValueError, "augmentation must be 'none', 'dvae' or 'transformer', got 'flip'"),
+        ("augmentation", None, ValueError, "augmentation must be 'none', 'dvae' or 'transformer', got None"),
+        ("small_pictures", "skip", ValueError, "small_pictures must be 'enlarge' or 'refuse', got 'skip'"),
+        ("background", "whit", ValueError, "background: a colour must be a name such as 'white', .*got 'whit'"),
         ("cache_images", "yes", TypeError, "cache_images must be true or false, got 'yes'"),
         ("recipe", {"seed": 1}, TypeError, r"recipe must be a ShapesRecipe or null, got \{'seed': 1\}"),
     ],
@@ -75,6 +81,74 @@ def test_train_captions_are_all_captions_in_order(config: DataConfig) -> None:
     assert list(PairDataModule(config).train_captions()) == [f"number {i}" for i in range(11)]
 
 
+def test_patterns_of_the_training_shards_are_a_list(config: DataConfig) -> None:
+    assert replace(config, train="a.tar").train_patterns == ["a.tar"]
+    assert replace(config, train=["a.tar", "b-*.tar"]).train_patterns == ["a.tar", "b-*.tar"]
+    with pytest.raises(TypeError, match="shards must be a path, a glob or a list of them, got 3"):
+        _ = replace(config, train=3).train_patterns  # type: ignore[arg-type]
+
+
+def test_only_training_pictures_are_augmented(config: DataConfig, write_shard: WriteShard, encode: Encode) -> None:
+    noise = torch.randint(0, 256, (9, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    shard = write_shard("noise.tar", [("0.png", encode(Image.fromarray(noise.numpy())))])
+    config = replace(config, train=shard, val=shard, batch_size=1)
+
+    def images(config: DataConfig) -> tuple[list[Tensor], list[Tensor]]:
+        data = PairDataModule(config)
+        train, val = data.train_dataloader(), data.val_dataloader()
+        return [batch["image"] for _ in range(2) for batch in train], [batch["image"] for batch in (*val, *val)]
+
+    plain, augmented = images(config), images(replace(config, augmentation="dvae"))
+    assert all(torch.equal(image, plain[1][0]) for image in (*plain[0], *plain[1], *augmented[1]))
+    assert not torch.equal(augmented[0][0], augmented[0][1])
+    assert not torch.equal(augmented[0][0], plain[0][0])
+    # The seed of the configuration decides.
+    again, other = (images(replace(config, augmentation="dvae", seed=seed))[0] for seed in (0, 1))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, augmented[0], strict=True))
+    assert not torch.equal(other[0], augmented[0][0])
+
+
+@pytest.fixture
+def damaged(config: DataConfig, write_shard: WriteShard, make_samples: MakeSamples) -> DataConfig:
+    """Two bad samples in training, one of them also in validation."""
+    shared = write_shard("shared.tar", [("9.png", b"broken"), *make_samples(1)])
+    train = write_shard("damaged.tar", [*make_samples(3), ("8.txt", b"no picture")])
+    return replace(config, train=[train, shared], val=shared, on_bad_sample="skip")
+
+
+def test_bad_samples_of_all_splits_are_counted_once(damaged: DataConfig) -> None:
+    data = PairDataModule(damaged)
+    for _ in range(2):
+        list(data.train_dataloader())
+        list(data.val_dataloader())
+    assert data.count_bad_samples() == {"picture cannot be decoded": 1, "no picture": 1}
+    assert data.n_samples_used == 8
+
+
+def test_bad_captions_are_counted(damaged: DataConfig) -> None:
+    data = PairDataModule(replace(damaged, val="not-needed.tar"))
+    assert len(list(data.train_captions())) == 5
+    assert data.count_bad_samples() == {"no caption": 1}
+    assert data.n_samples_used == 6
+
+
+def test_bad_samples_of_all_devices_are_joined(damaged: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[dict[str, str]] = []
+
+    def gather(results: list[Any], mine: dict[str, str]) -> None:
+        parts.append(mine)
+        results[:] = parts if len(parts) == 2 else [mine, {}]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    for rank in (1, 0):
+        data = PairDataModule(replace(damaged, val=damaged.train))
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
+        list(data.val_dataloader())
+        counts = data.count_bad_samples()
+    assert len(parts[1]) == 1, "the first device met one of the two"
+    assert counts == {"picture cannot be decoded": 1, "no picture": 1}
+
+
 def test_setup_reports_missing_shards_before_training(config: DataConfig) -> None:
     for stage in ("fit", "validate", None):
         with pytest.raises(FileNotFoundError, match=r"no shards match 'missing\.tar'"):
@@ -99,11 +173,13 @@ class Recorder(pl.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen: list[list[int]] = []
+        self.images: list[Tensor] = []
         self._save_at = save_at
         self._checkpoint = checkpoint
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self.seen.append(batch["index"].tolist())
+        self.images.append(batch["image"])
         return self.weight.sum()
 
     def on_train_batch_end(self, *_: object) -> None:
@@ -146,3 +222,18 @@ def test_training_resumes_with_the_next_batch(config: DataConfig, tmp_path: Path
     resumed = fit(config, Recorder(-1, checkpoint), ckpt_path=checkpoint)
     assert len(whole) == 13
     assert resumed == whole[save_at:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_resumes_with_the_same_augmented_pictures(
+    config: DataConfig, tmp_path: Path, write_shard: WriteShard, encode: Encode, num_workers: int
+) -> None:
+    noise = torch.randint(0, 256, (11, 9, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pictures = [(f"{i}.png", encode(Image.fromarray(picture.numpy()))) for i, picture in enumerate(noise)]
+    config = replace(config, train=write_shard("noise.tar", pictures), augmentation="dvae", num_workers=num_workers)
+    checkpoint = tmp_path / "saved.ckpt"
+    whole, resumed = Recorder(7, checkpoint), Recorder(-1, checkpoint)
+    fit(config, whole)
+    fit(config, resumed, ckpt_path=checkpoint)
+    assert len(resumed.images) == 6
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(resumed.images, whole.images[7:], strict=True))

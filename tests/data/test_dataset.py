@@ -6,16 +6,19 @@ import logging
 import pickle
 import traceback
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dalle1.data.augmentation import augment
 from dalle1.data.dataset import PairDataset, collate
 from dalle1.data.shards import BadSampleError, ShardIndex
-from dalle1.data.transforms import decode_image
+from dalle1.data.transforms import crop_and_resize, decode_image
 
 WriteShard = Callable[[str, list[tuple[str, bytes]]], str]
 MakeSamples = Callable[..., list[tuple[str, bytes]]]
@@ -96,7 +99,8 @@ def test_sentence_survives_a_loader_worker(mixed: ShardIndex) -> None:
 
 
 def test_bad_sample_error_survives_pickling() -> None:
-    assert str(pickle.loads(pickle.dumps(BadSampleError("why")))) == "why"
+    error = pickle.loads(pickle.dumps(BadSampleError("why", "no caption")))
+    assert (str(error), error.kind) == ("why", "no caption")
 
 
 def test_skip_takes_the_next_good_sample_and_wraps_around(mixed: ShardIndex) -> None:
@@ -122,6 +126,25 @@ def test_skip_logs_each_bad_sample_once(mixed: ShardIndex, caplog: pytest.LogCap
         assert f"sample '{i}'" in message
 
 
+def test_bad_samples_are_counted_by_kind_and_travel_with_the_batch(mixed: ShardIndex) -> None:
+    dataset = PairDataset(mixed, image_size=4, encode_text=encode_length, on_bad_sample="skip")
+    assert collate([dataset[0]])["bad_samples"] == {}
+    for _ in range(2):
+        assert collate([dataset[3], dataset[4]])["bad_samples"] == {
+            3: "no caption",
+            4: "empty caption",
+            5: "caption cannot be encoded",
+        }
+    assert dataset[1]["bad_samples"].keys() == {1, 2, 3, 4, 5}
+    assert dataset.bad_samples == {
+        1: "no picture",
+        2: "picture cannot be decoded",
+        3: "no caption",
+        4: "empty caption",
+        5: "caption cannot be encoded",
+    }
+
+
 def test_skip_raises_if_all_samples_are_bad(write_shard: WriteShard) -> None:
     index = ShardIndex(write_shard("a.tar", [("1.png", b""), ("2.png", b"")]))
     with pytest.raises(
@@ -142,10 +165,10 @@ def test_cached_pictures_are_decoded_once_and_unchanged(
 ) -> None:
     n_decoded = 0
 
-    def count(data: bytes) -> Image.Image:
+    def count(*arguments: Any) -> Image.Image:
         nonlocal n_decoded
         n_decoded += 1
-        return decode_image(data)
+        return decode_image(*arguments)
 
     monkeypatch.setattr("dalle1.data.dataset.decode_image", count)
     index = ShardIndex(write_shard("a.tar", make_samples(2)))
@@ -155,3 +178,60 @@ def test_cached_pictures_are_decoded_once_and_unchanged(
     again = collate([cached[0], cached[1]])["image"]
     assert n_decoded == 2
     assert torch.equal(again, collate([PairDataset(index, image_size=4)[i] for i in range(2)])["image"])
+
+
+@pytest.fixture
+def pictures(write_shard: WriteShard, encode: Callable[..., bytes]) -> ShardIndex:
+    """Noise of 20 x 14, 14 x 20 and 12 x 5 pixels; the last one is half transparent black."""
+    generator = torch.Generator().manual_seed(0)
+    members = []
+    for i, (height, width) in enumerate([(14, 20), (20, 14)]):
+        noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
+        members.append((f"{i}.png", encode(Image.fromarray(noise.numpy()))))
+    members.append(("2.png", encode(Image.new("RGBA", (12, 5), (0, 0, 0, 128)))))
+    return ShardIndex(write_shard("pictures.tar", members))
+
+
+@pytest.mark.parametrize("augmentation", ["dvae", "transformer"])
+def test_augmented_sample_is_a_function_of_number_seed_and_epoch(pictures: ShardIndex, augmentation: Any) -> None:
+    dataset = PairDataset(pictures, image_size=8, augmentation=augmentation, seed=5)
+    whole = torch.from_numpy(np.array(decode_image(pictures.image(1)))).permute(2, 0, 1)
+    for epoch in (0, 3):
+        expected = augment(whole, augmentation, image_size=8, seed=5, epoch=epoch, key=1)
+        assert torch.equal(dataset.sample(1, epoch)["pixels"], expected)
+    assert torch.equal(dataset[1]["pixels"], dataset.sample(1, 0)["pixels"])
+    assert len({dataset.sample(1, epoch)["pixels"].numpy().tobytes() for epoch in range(20)}) > 2
+
+
+def test_sample_without_augmentation_is_the_centre_in_every_epoch(pictures: ShardIndex) -> None:
+    dataset = PairDataset(pictures, image_size=8)
+    for epoch in (0, 3):
+        assert torch.equal(dataset.sample(0, epoch)["pixels"], crop_and_resize(decode_image(pictures.image(0)), 8))
+
+
+def test_cache_holds_whole_pictures_for_augmentation(pictures: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = PairDataset(pictures, image_size=8, augmentation="dvae")
+    cached = PairDataset(pictures, image_size=8, augmentation="dvae", cache_images=True)
+    expected = [fresh.sample(i, epoch)["pixels"] for epoch in range(3) for i in range(3)]
+    first = [cached.sample(i, 0)["pixels"].clone() for i in range(3)]
+    monkeypatch.setattr("dalle1.data.dataset.decode_image", lambda *_: pytest.fail("decoded again"))
+    later = [cached.sample(i, epoch)["pixels"] for epoch in (1, 2) for i in range(3)]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(first + later, expected, strict=True))
+
+
+def test_background_shows_through(pictures: ShardIndex) -> None:
+    for augmentation in ("none", "dvae"):
+        dataset = PairDataset(pictures, image_size=4, background="red", augmentation=augmentation)  # type: ignore[arg-type]
+        assert torch.equal(dataset[2]["pixels"][:, 0, 0], torch.tensor([127, 0, 0], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("augmentation", ["none", "transformer"])
+def test_small_pictures_are_enlarged_or_refused(pictures: ShardIndex, augmentation: Any) -> None:
+    enlarged = PairDataset(pictures, image_size=6, augmentation=augmentation)
+    assert enlarged[2]["pixels"].shape == (3, 6, 6)
+    refusing = PairDataset(pictures, image_size=6, augmentation=augmentation, small_pictures="refuse")
+    with pytest.raises(BadSampleError, match=r"'2' in .* is too small: .* at least 6 pixels, got 5 .*=enlarge.*=skip$"):
+        refusing[2]
+    assert refusing[1]["pixels"].shape == (3, 6, 6)
+    skipping = PairDataset(pictures, image_size=6, small_pictures="refuse", on_bad_sample="skip")
+    assert skipping[2]["bad_samples"] == {2: "picture too small"}

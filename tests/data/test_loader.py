@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dalle1.data.dataset import PairDataset, Sample
 from dalle1.data.loader import ResumableLoader, validation_loader
@@ -22,13 +23,14 @@ class NumberedSamples(PairDataset):
     """Eleven samples without a shard: only their numbers matter."""
 
     def __init__(self) -> None:
-        pass
+        self.bad_samples = {}
 
     def __len__(self) -> int:
         return 11
 
-    def __getitem__(self, i: int) -> Sample:
-        return Sample(pixels=torch.zeros(3, 1, 1, dtype=torch.uint8), caption="", key=str(i), index=i)
+    def sample(self, i: int, epoch: int) -> Sample:
+        pixels = torch.full((3, 1, 1), epoch, dtype=torch.uint8)
+        return Sample(pixels=pixels, caption="", key=str(i), index=i, bad_samples={})
 
 
 def resumable(*, batch_size: int = 2, seed: int = 0, rank: int = 0, world_size: int = 1) -> ResumableLoader:
@@ -51,6 +53,16 @@ def test_one_pass_is_one_epoch_and_the_next_has_another_order() -> None:
     first, second = ([batch["index"].tolist() for batch in loader] for _ in range(2))
     assert len(loader) == len(first) == len(second) == 5
     assert first != second
+
+
+def test_samples_are_those_of_their_epoch() -> None:
+    loader = resumable()
+    epochs = [round(255 * float(batch["image"].max())) for _ in range(3) for batch in loader]
+    assert epochs == [0] * 5 + [1] * 5 + [2] * 5
+    resumed = resumable()
+    resumed.load_state_dict(resumable().state_dict() | {"n_batches": 9})
+    assert [round(255 * float(batch["image"].max())) for _ in range(2) for batch in resumed] == [1] + [2] * 5
+    assert all(float(batch["image"].max()) == 0 for batch in validation_loader(NumberedSamples(), batch_size=2))
 
 
 @given(
@@ -88,6 +100,57 @@ def test_batches_and_resume_do_not_depend_on_workers(write_shard: WriteShard, ma
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(batches, expected, strict=True))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_augmented_batches_and_resume_do_not_depend_on_workers(
+    write_shard: WriteShard, encode: Callable[..., bytes], num_workers: int
+) -> None:
+    noise = torch.randint(0, 256, (7, 18, 26, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    members = [(f"{i}.png", encode(Image.fromarray(picture.numpy()))) for i, picture in enumerate(noise)]
+    index = ShardIndex(write_shard("a.tar", members))
+
+    def loader(num_workers: int) -> ResumableLoader:
+        dataset = PairDataset(index, image_size=8, augmentation="dvae", seed=1)
+        return ResumableLoader(dataset, batch_size=2, seed=1, num_workers=num_workers)
+
+    whole = loader(0)
+    expected = [batch["image"] for _ in range(3) for batch in whole]
+    before = loader(num_workers)
+    batches = [batch["image"] for _, batch in zip(range(2), before, strict=False)]
+    after = loader(num_workers)
+    after.load_state_dict(before.state_dict())
+    before.close()
+    batches += [batch["image"] for _ in range(3) for batch in after]
+    after.close()
+    assert len(expected) == 9
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(batches, expected, strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_samples_that_workers_met_are_known_once_and_stay_known(
+    write_shard: WriteShard, make_samples: MakeSamples, num_workers: int
+) -> None:
+    bad = [("7.png", b"broken"), ("8.txt", b"no picture")]
+    index = ShardIndex(write_shard("a.tar", [*make_samples(4), *bad]))
+
+    def dataset() -> PairDataset:
+        return PairDataset(index, image_size=4, on_bad_sample="skip")
+
+    known = {4: "picture cannot be decoded", 5: "no picture"}
+    trained = ResumableLoader(dataset(), batch_size=2, seed=0, num_workers=num_workers)
+    assert trained.dataset.bad_samples == {}
+    for _ in range(2):
+        list(trained)
+        assert trained.dataset.bad_samples == known
+    trained.close()
+    resumed = ResumableLoader(dataset(), batch_size=2, seed=0)
+    resumed.load_state_dict(trained.state_dict())
+    assert resumed.dataset.bad_samples == known
+
+    validated = validation_loader(dataset(), batch_size=2, num_workers=num_workers)
+    assert [batch["index"].tolist() for batch in validated] == [[0, 1], [2, 3], [0, 0]]
+    assert validated.dataset.bad_samples == known
+
+
 def test_close_stops_the_workers_and_keeps_the_place(write_shard: WriteShard, make_samples: MakeSamples) -> None:
     dataset = PairDataset(ShardIndex(write_shard("a.tar", make_samples(6))), image_size=4)
     loader = ResumableLoader(dataset, batch_size=2, seed=0, num_workers=1)
@@ -100,13 +163,14 @@ def test_close_stops_the_workers_and_keeps_the_place(write_shard: WriteShard, ma
     loader.close()
 
 
-def test_state_is_the_same_on_all_ranks_and_holds_plain_integers() -> None:
+def test_state_is_the_same_on_all_ranks_and_of_plain_types() -> None:
     states = []
     for rank in range(2):
         loader = resumable(rank=rank, world_size=2)
         take(loader, 3)
         states.append(loader.state_dict())
-    assert states[0] == states[1] == {"n_batches": 3, "seed": 0, "n_samples": 11, "batch_size": 2, "world_size": 2}
+    order = {"seed": 0, "n_samples": 11, "batch_size": 2, "world_size": 2}
+    assert states[0] == states[1] == {"n_batches": 3, **order, "bad_samples": {}}
 
 
 @pytest.mark.parametrize(

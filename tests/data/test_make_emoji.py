@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,14 +22,9 @@ NAMES = """# group: Smileys & Emotion
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
+def script(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("make_emoji", REPOSITORY / "data" / "make_emoji.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("make_emoji")
 
 
 @pytest.fixture
@@ -63,6 +58,16 @@ def test_same_input_gives_the_same_bytes_and_keys_go_on_in_the_next_shard(script
     make(script, source, "--samples-per-shard", "1")
     assert [shard.read_bytes() for shard in shards] == before
     assert b"000000001.jpg" in before[1]
+
+
+def test_damaged_picture_is_named_and_leaves_no_shard(
+    script: ModuleType, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "emoji_u1f600.png").write_bytes(b"<html>")
+    with pytest.raises(SystemExit):
+        make(script, source)
+    assert "emoji_u1f600.png' must be a picture, but it is not a JPEG, PNG or WebP file" in capsys.readouterr().err
+    assert list((source / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(

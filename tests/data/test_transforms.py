@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Callable
 
@@ -10,9 +11,30 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle1.data.transforms import crop_and_resize, decode_image, to_unit_interval
+from dalle1.data.transforms import crop_and_resize, decode_image, parse_color, to_pixels, to_unit_interval
 
 Encode = Callable[..., bytes]
+GREY, RGB, GREY_ALPHA, RGBA = 0, 2, 4, 6  # colour types of PNG
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    """A part of a PNG file."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(levels: list[list[object]], color_type: int, *chunks: bytes, bits: int = 16) -> bytes:
+    """A PNG as Pillow does not write it: 16 bits, or with any chunks before the pixels."""
+    pixels = np.array(levels)
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(f">u{bits // 8}").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def colors(image: Image.Image) -> list[list[int]]:
+    """The pixels of the first row."""
+    return np.asarray(image)[0].tolist()
 
 
 @pytest.mark.parametrize(("image_format", "tolerance"), [("PNG", 0), ("JPEG", 3), ("WEBP", 3)])
@@ -44,6 +66,58 @@ def test_decode_keeps_the_upper_bits_of_16_bit_grey(encode: Encode) -> None:
     assert (pixels == np.array([[0, 0x12], [0x80, 0xFF]])[..., None]).all()
 
 
+def test_decode_turns_ycck_into_rgb(encode: Encode) -> None:
+    # Pillow writes CMYK as Adobe does, inverted: 255 - these are the planes Y, Cb, Cr = (76, 85, 255), red, and K.
+    data = encode(Image.new("CMYK", (8, 8), (255 - 76, 255 - 85, 0, 0)), "JPEG", quality=100)
+    transform = data.index(b"Adobe") + 11
+    assert data[transform] == 0
+    # As YCCK, the planes say that 255 minus red is the inverse of the ink: no red light is left, and no black is added.
+    red, green, blue = colors(decode_image(data[:transform] + b"\x02" + data[transform + 1 :]))[4]
+    assert red < 5
+    assert min(green, blue) > 250
+
+
+def test_decode_keeps_the_upper_bits_of_every_16_bit_kind() -> None:
+    assert colors(decode_image(png([[[0x1234, 0x8000, 0xFFFF]]], RGB))) == [[0x12, 0x80, 0xFF]]
+    assert colors(decode_image(png([[[0x1234, 0xFFFF], [0x1234, 0]]], GREY_ALPHA))) == [[0x12] * 3, [255] * 3]
+    assert colors(decode_image(png([[[0x1234, 0, 0x80FF, 0xFFFF], [1, 2, 3, 0]]], RGBA))) == [
+        [0x12, 0, 0x80],
+        [255] * 3,
+    ]
+
+
+def test_decode_knows_the_transparent_level_of_16_bit_grey() -> None:
+    transparent = chunk(b"tRNS", struct.pack(">H", 0x1234))
+    assert colors(decode_image(png([[0x1234, 0x1235, 0xFF00]], GREY, transparent))) == [
+        [255] * 3,
+        [0x12] * 3,
+        [255] * 3,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("background", "shown"), [("red", (127, 0, 0)), ("#0000ff", (0, 0, 127)), ("#fff", (127,) * 3)]
+)
+def test_decode_puts_transparent_parts_on_the_background(
+    encode: Encode, background: str, shown: tuple[int, int, int]
+) -> None:
+    half_black = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    for mode in ("RGBA", "LA"):
+        assert tuple(colors(decode_image(encode(half_black.convert(mode)), background))[0]) == shown
+    assert colors(decode_image(encode(half_black.convert("RGB")), background))[0] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["whit", "#12345", "", None, 255])
+def test_unknown_color_gets_one_sentence(name: str) -> None:
+    with pytest.raises(ValueError, match=f"must be a name such as 'white', or '#rrggbb', got {name!r}$"):
+        parse_color(name)
+
+
+def test_transparent_color_is_refused() -> None:
+    with pytest.raises(ValueError, match="a colour must be opaque, got '#ff000080'; leave out its alpha value"):
+        parse_color("#ff000080")
+
+
 def test_decode_puts_transparent_pictures_on_white(encode: Encode) -> None:
     half_black = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
     for mode in ("RGBA", "LA"):
@@ -63,22 +137,121 @@ def test_decode_turns_the_picture_upright(encode: Encode) -> None:
     assert upright.getpixel((1, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decode_knows_every_orientation(encode: Encode, orientation: int) -> None:
+    upright = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    # Where the upright picture's first row and first column lie in the file, by the EXIF standard.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for image_format in ("PNG", "WEBP"):
+        data = encode(Image.fromarray(np.ascontiguousarray(stored)), image_format, exif=exif, lossless=True)
+        assert (np.asarray(decode_image(data)) == upright).all()
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0garbage",
+        b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01",  # ends in its first entry
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x05\0\0\0\xff\0\0\0\0\0\0\0",  # points beyond its end
+    ],
+)
+def test_damaged_exif_data_are_ignored_without_a_warning(encode: Encode, exif: bytes) -> None:
+    assert decode_image(encode(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (8, 4)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP"])
+def test_decode_takes_the_first_picture_of_an_animation(encode: Encode, image_format: str) -> None:
+    first, *others = (Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime"))
+    data = encode(first, image_format, save_all=True, append_images=others, lossless=True)
+    assert colors(decode_image(data))[0] == [255, 0, 0]
+
+
+def test_decode_takes_the_first_picture_of_a_jpeg_with_several(encode: Encode) -> None:
+    first, second = (Image.new("RGB", (8, 8), color) for color in ("black", "white"))
+    assert colors(decode_image(encode(first, "MPO", save_all=True, append_images=[second])))[0] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
+def test_pictures_of_extreme_shape_are_cropped_and_resized(encode: Encode, size: tuple[int, int]) -> None:
+    image = decode_image(encode(Image.new("RGB", size, "red")))
+    assert image.size == size
+    assert (crop_and_resize(image, 8)[0] == 255).all()
+
+
 @pytest.mark.parametrize("data", [b"", b"no picture"])
 def test_decode_refuses_what_is_no_picture(data: bytes) -> None:
-    with pytest.raises(ValueError, match="not a JPEG, PNG or WebP file"):
+    with pytest.raises(ValueError, match=r"^it is (empty, )?not a JPEG, PNG or WebP file$"):
         decode_image(data)
 
 
-def test_decode_refuses_other_formats(encode: Encode) -> None:
+@pytest.mark.parametrize("image_format", ["BMP", "GIF", "TIFF"])
+def test_decode_refuses_other_formats(encode: Encode, image_format: str) -> None:
     with pytest.raises(ValueError, match="not a JPEG, PNG or WebP file"):
-        decode_image(encode(Image.new("RGB", (4, 4)), "BMP"))
+        decode_image(encode(Image.new("RGB", (4, 4)), image_format))
 
 
-@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
-def test_decode_refuses_a_cut_file(encode: Encode, image_format: str) -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"^.+"):
-        decode_image(encode(noise, image_format)[:-500])
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("WEBP", {"lossless": True})],
+)
+def test_decode_refuses_a_file_cut_anywhere(encode: Encode, image_format: str, options: dict[str, bool]) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    data = encode(noise, image_format, **options)
+    whole = np.asarray(decode_image(data))
+    messages = []
+    for length in range(0, len(data), 7):
+        try:
+            cut = decode_image(data[:length])
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            # What comes after the pixels may be missing.
+            assert (np.asarray(cut) == whole).all()
+            assert length > len(data) - 30
+    assert len(messages) > 10
+    assert all(message and "\n" not in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [(b"zTXt", b"k\0\0"), (b"iCCP", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0")],
+    ids=["zTXt", "iCCP", "iTXt"],
+)
+def test_decode_refuses_text_that_unpacks_to_megabytes(name: bytes, head: bytes) -> None:
+    bomb = chunk(name, head + zlib.compress(bytes(4_000_000)))
+    with pytest.raises(ValueError, match=r"^Decompressed data too large"):
+        decode_image(png([[[1, 2, 3]]], RGB, bomb, bits=8))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "^it needs more memory than there is$"),
+        (RuntimeError("two\nlines"), "^two lines$"),
+        (EOFError(), "^EOFError$"),
+        (KeyError(7), "^7$"),
+    ],
+)
+def test_whatever_pillow_raises_is_one_sentence(
+    encode: Encode, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(ValueError, match=message):
+        decode_image(encode(Image.new("RGB", (4, 4))))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +306,12 @@ def test_enlarging_gives_smooth_pixels() -> None:
     row = crop_and_resize(Image.fromarray(picture).convert("RGB"), 8)[0, 0].tolist()
     assert row == sorted(row)
     assert len(set(row)) > 4
+
+
+def test_pixels_of_a_whole_picture_are_planes(encode: Encode) -> None:
+    pixels = to_pixels(Image.new("RGB", (3, 2), (1, 2, 3)))
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(pixels, torch.tensor([1, 2, 3], dtype=torch.uint8)[:, None, None].expand(3, 2, 3))
 
 
 def test_unit_interval_maps_0_to_0_and_255_to_1() -> None:

@@ -99,7 +99,8 @@ def test_decode_equals_soft_decoding_of_one_hot_codes(make_dvae: MakeDVAE) -> No
     dvae = make_dvae()
     tokens = torch.randint(dvae.config.vocab_size, (2, 3, 4))
     one_hot = F.one_hot(tokens, dvae.config.vocab_size).float()
-    torch.testing.assert_close(dvae.decode(tokens), reconstruction(dvae.decode_soft(one_hot)))
+    soft = dvae.decode_vectors(one_hot @ dvae.codebook)
+    torch.testing.assert_close(dvae.decode(tokens), reconstruction(soft))
 
 
 def test_reconstruction_is_in_the_unit_interval_and_ignores_the_scale() -> None:
@@ -142,13 +143,26 @@ def test_config_refuses_a_wrong_value(option: dict[str, Any], error: type[Except
 def test_head_and_mixture_of_codes_stay_fp32_under_mixed_precision(make_dvae: MakeDVAE) -> None:
     dvae = make_dvae()
     image = torch.rand(2, 3, 16, 16)
+    mixture_seen: list[Tensor] = []
+    dvae.decoder.register_forward_pre_hook(lambda module, inputs: mixture_seen.append(inputs[0]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = dvae.logits(image)
         features = dvae.features(image)
-        mixture_seen: list[Tensor] = []
-        dvae.decoder.register_forward_pre_hook(lambda module, inputs: mixture_seen.append(inputs[0]))
-        dvae.decode_soft(logits.softmax(-1))
+        _, kl = dvae.relaxed(image, temperature=1.0)
     assert features.dtype == torch.bfloat16, "the body runs in low precision"
-    assert logits.dtype == mixture_seen[0].dtype == torch.float32
+    assert logits.dtype == mixture_seen[0].dtype == kl.dtype == torch.float32
     head = dvae.encoder.head
     torch.testing.assert_close(logits, F.linear(features.float(), head.weight[:, :, 0, 0], head.bias))
+
+
+def test_all_maps_are_channels_last(make_dvae: MakeDVAE) -> None:
+    dvae = make_dvae(n_groups=3, patch_size=1)
+    seen: list[bool] = []
+    for module in dvae.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(
+                lambda module, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    dvae.relaxed(torch.rand(2, 3, 16, 24), temperature=1.0)
+    assert seen
+    assert all(seen)

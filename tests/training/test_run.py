@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ def test_stage_writes_all_it_promises(trained: Path, stage: str) -> None:
     assert not list((trained / stage).rglob("*.partial"))
     summary = json.loads((trained / stage / "summary.json").read_text())
     assert summary["step"] == 8
+    assert summary["bad_samples"] == 0
     assert summary["wall_seconds"] > 0
 
 
@@ -180,6 +183,32 @@ def test_wall_time_of_earlier_starts_counts(
     assert train(tmp_path, "dvae", "optim.max_steps=9")["wall_seconds"] > 5000
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_skipped_samples_are_counted_in_the_summary(
+    train: Train, shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int
+) -> None:
+    shard = tmp_path / "bad.tar"
+    pictures = [("1.png", b""), ("2.png", b"broken"), ("3.txt", b"a caption")]
+    with tarfile.open(shard, "w") as tar:
+        for name, content in pictures:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    overrides = [f"data.train=[{shapes}/train-00000.tar,{shard}]", "data.on_bad_sample=skip", "data.augmentation=dvae"]
+    # 43 samples: an epoch is 7 batches of 6 of them, so two epochs of 14 see all.
+    steps = [
+        "optim.max_steps=14",
+        "optim.batch_size=6",
+        "optim.codebook_start_step=0",
+        f"data.num_workers={num_workers}",
+    ]
+    assert train(tmp_path, "dvae", *overrides, *steps)["bad_samples"] == 3
+    assert caplog.messages[-1] == "3 of 51 samples skipped: picture cannot be decoded (2), no picture (1)"
+    summary = train(tmp_path, "tokenizer", *overrides)
+    assert summary["bad_samples"] == 2
+    assert caplog.messages[-1] == "2 of 43 samples skipped: no caption (2)"
+
+
 def test_finished_stage_is_left_alone(train: Train, trained: Path) -> None:
     before = last(trained, "dvae").stat().st_mtime_ns
     summary = (trained / "dvae" / "summary.json").read_text()
@@ -204,6 +233,9 @@ def test_run_of_another_model_is_refused(train: Train, trained: Path) -> None:
         ("optim.lr=1e-4", r"another optim.lr \(0.003, not 0.0001\)"),
         ("optim.kl_weight=9", r"another optim.kl_weight \(.*, not 9\)"),
         ("data.seed=5", r"another data.seed \(0, not 5\)"),
+        ("data.augmentation=dvae", r"another data.augmentation \(none, not dvae\)"),
+        ("data.background=red", r"another data.background \(white, not red\)"),
+        ("data.small_pictures=refuse", r"another data.small_pictures \(enlarge, not refuse\)"),
         ("data.train=elsewhere/mine-*.tar", r"another data.train \(\['train-\*.tar'\], not \['mine-\*.tar'\]\)"),
     ],
 )
@@ -220,7 +252,7 @@ def test_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     nll = dvae_module.logit_laplace_nll
 
     def diverge(*args: Any, **options: Any) -> torch.Tensor:
-        calls.append(1)
+        calls.extend([1] * torch.is_grad_enabled())  # not those of validation
         return nll(*args, **options) * (float("nan") if len(calls) == 6 else 1)
 
     calls: list[int] = []

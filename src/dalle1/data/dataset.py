@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dalle1.data.augmentation import Augmentation, augment
 from dalle1.data.shards import BadSampleError, ShardIndex
-from dalle1.data.transforms import crop_and_resize, decode_image, to_unit_interval
+from dalle1.data.transforms import crop_and_resize, decode_image, to_pixels, to_unit_interval
 
 logger = logging.getLogger(__name__)
 
 OnBadSample = Literal["error", "skip"]
+SmallPictures = Literal["enlarge", "refuse"]
 
 
 class Sample(TypedDict):
@@ -26,6 +28,7 @@ class Sample(TypedDict):
     caption: str
     key: str
     index: int
+    bad_samples: dict[int, str]  # those that this one is given instead of: number in their ShardIndex -> what is wrong
 
 
 class Batch(TypedDict):
@@ -36,13 +39,21 @@ class Batch(TypedDict):
     caption: list[str]  # empty strings if the data set does not encode text
     key: list[str]
     index: Tensor  # int64 (b,), numbers of the samples in their ShardIndex
+    bad_samples: dict[int, str]  # as in `Sample`, of all samples: so that workers' finds reach the main process
 
 
 class PairDataset(Dataset[Sample]):
     """The samples of a `ShardIndex` with their pictures decoded and, if wanted, their captions encoded.
 
-    A sample is bad if its picture is missing or cannot be decoded and, when text is encoded, if its caption is
-    missing, empty, not UTF-8 or refused by the encoder. Without an encoder captions are not even read.
+    Each is a function of its number, the seed and the epoch; without augmentation, of its number alone.
+
+    A sample is bad if its picture is missing or cannot be decoded (or is small, if that is refused) and, when text is
+    encoded, if its caption is missing, empty, not UTF-8 or refused by the encoder. Without an encoder captions are not
+    even read.
+
+    Attributes:
+        bad_samples: The bad samples met so far, number -> what is wrong with it. The loaders add what their workers
+            met, so in the main process it is complete.
     """
 
     def __init__(
@@ -53,6 +64,10 @@ class PairDataset(Dataset[Sample]):
         encode_text: Callable[[list[str]], Tensor] | None = None,
         on_bad_sample: OnBadSample = "error",
         cache_images: bool = False,
+        augmentation: Augmentation = "none",
+        seed: int = 0,
+        background: str = "white",
+        small_pictures: SmallPictures = "enlarge",
     ) -> None:
         """Read from `index`.
 
@@ -63,31 +78,46 @@ class PairDataset(Dataset[Sample]):
                 take. Loader workers may pickle it: give a function of a module or a method, not a lambda.
             on_bad_sample: `error` raises; `skip` takes the next sample instead, or the one after it if that is
                 bad too, and logs each bad sample once (once per process if there are loader workers).
-            cache_images: Keep every decoded picture in memory, 3 * image_size^2 bytes each. Without loader
-                workers all epochs but the first decode nothing; each worker keeps pictures of its own.
+            cache_images: Keep every decoded picture in memory, 3 * image_size^2 bytes each; with augmentation,
+                which starts from the whole picture, 3 * width * height. Without loader workers all epochs but the
+                first decode nothing; each worker keeps pictures of its own.
+            augmentation: `none` is the centred square, the same in every epoch; see `augmentation` for the others.
+            seed: Decides the augmentation, together with the epoch and the sample's number.
+            background: What transparent parts of pictures show, a colour that `transforms.parse_color` takes.
+            small_pictures: Whether pictures whose short side is below `image_size` are enlarged or are bad samples.
         """
         self.index = index
         self._image_size = image_size
         self._encode_text = encode_text
         self._on_bad_sample = on_bad_sample
         self._cache: dict[int, Tensor] | None = {} if cache_images else None
-        self._logged: set[int] = set()
+        self._augmentation = augmentation
+        self._seed = seed
+        self._background = background
+        self._small_pictures = small_pictures
+        self.bad_samples: dict[int, str] = {}
 
     def __len__(self) -> int:
         """Number of samples, bad ones included."""
         return len(self.index)
 
     def __getitem__(self, i: int) -> Sample:
+        """Sample `i` as in the first epoch, see `sample`."""
+        return self.sample(i, epoch=0)
+
+    def sample(self, i: int, epoch: int) -> Sample:
         """Sample `i`, or the one that replaces it; its `index` and `key` are those of the sample returned.
 
         Raises: BadSampleError for a bad sample if those are errors, and if all samples are bad.
         """
+        passed_over: dict[int, str] = {}
         for distance in range(len(self)):
             candidate = (i + distance) % len(self)
             try:
-                return self._load(candidate)
+                return self._load(candidate, epoch, passed_over)
             except BadSampleError as error:
                 self._pass_over(candidate, error)
+                passed_over[candidate] = error.kind
                 last_error = error
         raise BadSampleError(f"at least one sample must be good, got {len(self)} bad ones; the last: {last_error}")
 
@@ -106,38 +136,54 @@ class PairDataset(Dataset[Sample]):
 
     def _pass_over(self, i: int, error: BadSampleError) -> None:
         if self._on_bad_sample == "error":
-            raise BadSampleError(f"{error}; remove it, or set data.on_bad_sample=skip") from error
-        if i not in self._logged:
-            self._logged.add(i)
+            raise BadSampleError(f"{error}; remove it, or set data.on_bad_sample=skip", error.kind) from error
+        if i not in self.bad_samples:
+            self.bad_samples[i] = error.kind
             logger.warning("skipped: %s", error)
 
-    def _load(self, i: int) -> Sample:
-        sample = Sample(pixels=self._pixels(i), caption="", key=self.index.key(i), index=i)
+    def _load(self, i: int, epoch: int, passed_over: dict[int, str]) -> Sample:
+        pixels = self._pixels(i, epoch)
+        sample = Sample(pixels=pixels, caption="", key=self.index.key(i), index=i, bad_samples=passed_over)
         if self._encode_text is not None:
             sample["caption"] = self._caption(i)
             try:
                 sample["text_tokens"] = self._encode_text([sample["caption"]])[0]
             except ValueError as error:
-                raise BadSampleError(f"caption of {self.index.describe(i)} cannot be encoded ({error})") from error
+                message = f"caption of {self.index.describe(i)} cannot be encoded ({error})"
+                raise BadSampleError(message, "caption cannot be encoded") from error
         return sample
 
     def _caption(self, i: int) -> str:
         caption = self.index.caption(i)
         if not caption:
-            raise BadSampleError(f"caption of {self.index.describe(i)} is empty")
+            raise BadSampleError(f"caption of {self.index.describe(i)} is empty", "empty caption")
         return caption
 
-    def _pixels(self, i: int) -> Tensor:
-        if self._cache is not None and i in self._cache:
-            return self._cache[i]
+    def _pixels(self, i: int, epoch: int) -> Tensor:
+        pixels = self._cache.get(i) if self._cache is not None else None
+        if pixels is None:
+            pixels = self._decode(i)
+            if self._cache is not None:
+                self._cache[i] = pixels
+        if self._augmentation == "none":
+            return pixels
+        return augment(pixels, self._augmentation, image_size=self._image_size, seed=self._seed, epoch=epoch, key=i)
+
+    def _decode(self, i: int) -> Tensor:
+        """What does not change from epoch to epoch: the centred square or, for augmentation, the whole picture."""
         data = self.index.image(i)
         try:
-            pixels = crop_and_resize(decode_image(data), self._image_size)
+            image = decode_image(data, self._background)
         except ValueError as error:
-            raise BadSampleError(f"picture of {self.index.describe(i)} cannot be decoded ({error})") from error
-        if self._cache is not None:
-            self._cache[i] = pixels
-        return pixels
+            message = f"picture of {self.index.describe(i)} cannot be decoded ({error})"
+            raise BadSampleError(message, "picture cannot be decoded") from error
+        if self._small_pictures == "refuse" and min(image.size) < self._image_size:
+            raise BadSampleError(
+                f"picture of {self.index.describe(i)} is too small: its short side must be at least "
+                f"{self._image_size} pixels, got {min(image.size)} (data.small_pictures=enlarge takes it)",
+                "picture too small",
+            )
+        return crop_and_resize(image, self._image_size) if self._augmentation == "none" else to_pixels(image)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -147,6 +193,7 @@ def collate(samples: list[Sample]) -> Batch:
         caption=[sample["caption"] for sample in samples],
         key=[sample["key"] for sample in samples],
         index=torch.tensor([sample["index"] for sample in samples]),
+        bad_samples={i: kind for sample in samples for i, kind in sample["bad_samples"].items()},
     )
     if "text_tokens" in samples[0]:
         batch["text_tokens"] = torch.stack([sample["text_tokens"] for sample in samples])

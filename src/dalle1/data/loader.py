@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dalle1.data.dataset import Batch, PairDataset, Sample, collate
 from dalle1.data.order import batch_indices, batches_per_epoch
@@ -15,10 +15,11 @@ from dalle1.data.order import batch_indices, batches_per_epoch
 class ResumableLoader:
     """Training batches in an order that depends on the seed alone and continues exactly where it stopped.
 
-    All of its state is the number of batches handed out since the start of training. That is counted here, in
-    the main process, so batches that workers have prepared but nobody has seen are simply prepared again. The
-    state is the same on all ranks. One pass over the loader ends at the end of the epoch; the next pass
-    continues from there. Do not iterate over it twice at the same time.
+    All of its state is the number of batches handed out since the start of training, and the bad samples met in
+    them. Both are counted here, in the main process, so batches that workers have prepared but nobody has seen are
+    simply prepared again. The number is the same on all ranks; the bad samples are this rank's. One pass over the
+    loader ends at the end of the epoch; the next pass continues from there. Do not iterate over it twice at the
+    same time.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class ResumableLoader:
         Args:
             dataset: The samples.
             batch_size: Samples per device and batch.
-            seed: Decides the order, >= 0.
+            seed: Decides the order, >= 0; the augmentation has the seed of `dataset`.
             rank: Number of this device, from 0.
             world_size: Number of devices.
             num_workers: Processes that decode; 0 decodes in this one.
@@ -61,7 +62,7 @@ class ResumableLoader:
         self._loader = self._idle_loader()
 
     def _idle_loader(self) -> DataLoader[Sample]:
-        return DataLoader(self.dataset, batch_sampler=self._sampler, **self._options)
+        return DataLoader(_SamplesByEpoch(self.dataset), batch_sampler=self._sampler, **self._options)
 
     def __len__(self) -> int:
         """Batches per epoch, wherever in it the loader stands."""
@@ -69,16 +70,17 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches from here to the end of the epoch."""
-        for batch in self._loader:
+        for batch in _recorded(self._loader, self.dataset):
             # Before the yield: a checkpoint saved while this batch is in use must not repeat it.
             self._sampler.n_batches += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """The number of batches handed out and the settings that it holds for."""
-        return {"n_batches": self._sampler.n_batches, **self._sampler.order}
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches handed out and the settings that it holds for; the bad samples met."""
+        bad_samples = dict(self.dataset.bad_samples)
+        return {"n_batches": self._sampler.n_batches, **self._sampler.order, "bad_samples": bad_samples}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batches that `state` counts.
 
         Raises: ValueError if it was saved with another seed, data set size, batch size or number of devices.
@@ -92,10 +94,29 @@ class ResumableLoader:
                 "restore them, or start a new run from the saved weights"
             )
         self._sampler.n_batches = state["n_batches"]
+        self.dataset.bad_samples.update(state["bad_samples"])
+
+
+class _SamplesByEpoch(Dataset[Sample]):
+    """The data set as a sampler asks for it that knows the epoch."""
+
+    def __init__(self, dataset: PairDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, epoch_and_i: tuple[int, int]) -> Sample:
+        epoch, i = epoch_and_i
+        return self._dataset.sample(i, epoch)
+
+
+def _recorded(batches: Iterable[Batch], dataset: PairDataset) -> Iterator[Batch]:
+    """The batches; what workers found bad in making them is noted in this process's data set."""
+    for batch in batches:
+        dataset.bad_samples.update(batch["bad_samples"])
+        yield batch
 
 
 class _RestOfEpoch:
-    """A batch sampler: each pass yields the sample ids from batch number `n_batches` to the end of its epoch."""
+    """A batch sampler: each pass yields (epoch, sample id) from batch number `n_batches` to the end of its epoch."""
 
     def __init__(self, *, seed: int, n_samples: int, batch_size: int, rank: int, world_size: int) -> None:
         self.n_batches = 0
@@ -104,10 +125,21 @@ class _RestOfEpoch:
         self.order = {"seed": seed, "n_samples": n_samples, "batch_size": batch_size, "world_size": world_size}
         self._rank = rank
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.n_batches // self.batches_per_epoch
         for step in range(self.n_batches, (epoch + 1) * self.batches_per_epoch):
-            yield batch_indices(step=step, rank=self._rank, **self.order).tolist()
+            ids = batch_indices(step=step, rank=self._rank, **self.order).tolist()
+            yield [(epoch, i) for i in ids]
+
+
+class ValidationLoader(DataLoader[Sample]):
+    """Batches of a `PairDataset`, whose record of bad samples is kept complete."""
+
+    dataset: PairDataset
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """All batches."""
+        return _recorded(super().__iter__(), self.dataset)
 
 
 def validation_loader(
@@ -118,13 +150,13 @@ def validation_loader(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader[Sample]:
+) -> ValidationLoader:
     """Batches with every sample once and in order; the last one may be smaller, none is dropped.
 
     Sample i goes to device i % `world_size`, so ranks may differ by one sample and thus by one batch.
     """
     mine = range(rank, len(dataset), world_size)
-    return DataLoader(dataset, sampler=mine, batch_size=batch_size, **_options(num_workers, pin_memory))
+    return ValidationLoader(dataset, sampler=mine, batch_size=batch_size, **_options(num_workers, pin_memory))
 
 
 def _options(num_workers: int, pin_memory: bool) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
-from webdataset import TarWriter
 
 from dalle1.data.fields import require_int
 from dalle1.data.shapes import SceneMix, draw, make_sample
+from dalle1.data.shard_writer import PictureFile, write_shard
 
 SPLITS = ("train", "val", "test")
 MANIFEST = "recipe.json"
@@ -140,29 +140,21 @@ def _advance(bar: tqdm[Any], written: Iterable[int]) -> None:
 def _write_shard(recipe: ShapesRecipe, directory: Path, shard: tuple[str, str, range]) -> int:
     """Draw one shard and return its number of samples."""
     name, split, samples = shard
+    drawn = (_draw_sample(recipe, split, index) for index in samples)
+    return write_shard(directory / name, drawn, first=samples.start)
+
+
+def _draw_sample(recipe: ShapesRecipe, split: str, index: int) -> PictureFile:
     # Different for any two (seed, split).
     seed = recipe.seed * len(SPLITS) + SPLITS.index(split)
-    # A fixed time stamp, or else no two runs would give the same file.
-    with open(directory / name, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for index in samples:
-            sample = make_sample(seed, index, recipe.mix, held_out=split == "test")
-            key = f"{index:09d}"
-            picture = io.BytesIO()
-            Image.fromarray(draw(sample.scene, recipe.image_size)).save(picture, "png")
-            metadata = {
-                "caption": sample.caption,
-                "key": key,
-                "status": "success",
-                "width": recipe.image_size,
-                "height": recipe.image_size,
-                "scene": sample.scene.to_dict(),
-            }
-            tar.write(
-                {
-                    "__key__": key,
-                    "png": picture.getvalue(),
-                    "txt": sample.caption.encode(),
-                    "json": json.dumps(metadata).encode(),
-                }
-            )
-    return len(samples)
+    sample = make_sample(seed, index, recipe.mix, held_out=split == "test")
+    picture = io.BytesIO()
+    Image.fromarray(draw(sample.scene, recipe.image_size)).save(picture, "png")
+    return PictureFile(
+        extension="png",
+        data=picture.getvalue(),
+        width=recipe.image_size,
+        height=recipe.image_size,
+        caption=sample.caption,
+        metadata={"scene": sample.scene.to_dict()},
+    )

@@ -37,6 +37,11 @@ MAX_OPEN_SHARDS = 64
 class BadSampleError(ValueError):
     """A sample that cannot be used. The message is one sentence that names its key and its shard."""
 
+    def __init__(self, message: str, kind: str = "unusable sample") -> None:
+        """`kind` says in a few words what is wrong; bad samples are counted by it."""
+        super().__init__(message)
+        self.kind = kind
+
 
 @dataclass(frozen=True, kw_only=True)
 class RawSample:
@@ -55,17 +60,24 @@ def expand_shards(patterns: str | list[str]) -> list[str]:
     Raises: TypeError if it is neither a string nor a list of strings; ValueError for addresses, pipes,
         directories and shards named twice; FileNotFoundError for a pattern without a match.
     """
-    if isinstance(patterns, str):
-        patterns = [patterns]
-    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"shards must be a path, a glob or a list of them, got {patterns!r}")
-    if not patterns:
+    shards = [shard for pattern in shard_patterns(patterns) for shard in _expand(pattern)]
+    if not shards:
         raise ValueError("shards must name at least one tar file, got an empty list")
-    shards = [shard for pattern in patterns for shard in _expand(pattern)]
     for shard, count in Counter(shards).items():
         if count > 1:
             raise ValueError(f"each shard must be named once, got {shard!r} {count} times; make the patterns disjoint")
     return shards
+
+
+def shard_patterns(patterns: str | list[str]) -> list[str]:
+    """One or several patterns as a list.
+
+    Raises: TypeError if `patterns` is neither a string nor a list of strings.
+    """
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(listed, list) or not all(isinstance(pattern, str) for pattern in listed):
+        raise TypeError(f"shards must be a path, a glob or a list of them, got {patterns!r}")
+    return listed
 
 
 def _expand(pattern: str) -> list[str]:
@@ -138,7 +150,7 @@ class ShardIndex:
         """
         data = self._fetch(i, _PICTURE)
         if data is None:
-            raise BadSampleError(f"{self.describe(i)} has no picture (.jpg, .jpeg, .png or .webp)")
+            raise BadSampleError(f"{self.describe(i)} has no picture (.jpg, .jpeg, .png or .webp)", "no picture")
         return data
 
     def caption(self, i: int) -> str:
@@ -148,11 +160,12 @@ class ShardIndex:
         """
         data = self._fetch(i, _CAPTION)
         if data is None:
-            raise BadSampleError(f"{self.describe(i)} has no caption (.txt)")
+            raise BadSampleError(f"{self.describe(i)} has no caption (.txt)", "no caption")
         try:
             return data.decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise BadSampleError(f"caption of {self.describe(i)} is not UTF-8 text ({error})") from error
+            message = f"caption of {self.describe(i)} is not UTF-8 text ({error})"
+            raise BadSampleError(message, "caption not UTF-8") from error
 
     def metadata(self, i: int) -> dict[str, Any]:
         """The `.json` of sample `i`; empty if it has none.

@@ -6,53 +6,102 @@
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 
 MAX_MEGAPIXELS = 100
-# Damaged files make Pillow's readers raise more than OSError.
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, OverflowError, struct.error)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def decode_image(data: bytes) -> Image.Image:
+def parse_color(name: str) -> tuple[int, int, int]:
+    """Red, green and blue of a colour as Pillow knows it: a name such as `white`, or `#rrggbb`.
+
+    Raises: ValueError for anything else, colours with an alpha value included.
+    """
+    try:
+        color = ImageColor.getrgb(name)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"a colour must be a name such as 'white', or '#rrggbb', got {name!r}") from error
+    if len(color) != 3:
+        raise ValueError(f"a colour must be opaque, got {name!r}; leave out its alpha value")
+    return color
+
+
+def decode_image(data: bytes, background: str = "white") -> Image.Image:
     """The picture in a JPEG, PNG or WebP file, as 8-bit RGB and turned upright as its EXIF tag says.
 
-    Transparent parts become white. Colour profiles are ignored. Of an animation it is the first frame.
+    Transparent parts show `background`, a colour as `parse_color` takes it. Colour profiles, and EXIF data that cannot
+    be read, are ignored. 16-bit pictures keep their upper 8 bits. Of an animation it is the first picture.
 
     Raises: ValueError if the file is damaged or of another format, or above 100 megapixels.
     """
+    color = parse_color(background)
+    if not data:
+        raise ValueError("it is empty, not a JPEG, PNG or WebP file")
     try:
+        # Pillow warns of damage that it can live with, and at 89 megapixels; a data set may be full of either.
         with warnings.catch_warnings():
-            # Pillow warns at 89 megapixels; our own limit follows.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        megapixels = image.width * image.height / 1e6
-        if megapixels > MAX_MEGAPIXELS:
-            raise ValueError(f"it has {megapixels:.1f} megapixels, more than the {MAX_MEGAPIXELS} allowed")
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+            warnings.simplefilter("ignore")
+            return _decode(data, color)
     except UnidentifiedImageError as error:
         raise ValueError("it is not a JPEG, PNG or WebP file") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"it has more than the {MAX_MEGAPIXELS} megapixels allowed") from error
-    except _DECODE_ERRORS as error:
-        raise ValueError(str(error)) from error
+    except MemoryError as error:
+        raise ValueError("it needs more memory than there is") from error
+    # Damaged files make Pillow's readers raise anything: OSError, SyntaxError, struct.error, zlib.error, KeyError, ...
+    except Exception as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _decode(data: bytes, color: tuple[int, int, int]) -> Image.Image:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    megapixels = image.width * image.height / 1e6
+    if megapixels > MAX_MEGAPIXELS:
+        raise ValueError(f"it has {megapixels:.1f} megapixels, more than the {MAX_MEGAPIXELS} allowed")
+    image.load()
+    return _to_rgb(_turn_upright(image), color)
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: that fails where another EXIF entry is damaged.
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever the EXIF reader stumbles over, the picture itself is good
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I"):
-        # Pillow would clip 16-bit grey at 255; the upper 8 bits are the picture.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        image = _upper_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _upper_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey, with an alpha channel if one level is transparent; Pillow would clip it at 255."""
+    levels = np.asarray(image)
+    grey = Image.fromarray((levels >> 8).astype(np.uint8))
+    if "transparency" not in image.info:
+        return grey
+    opaque = levels != image.info["transparency"]
+    return Image.merge("LA", (grey, Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8))))
 
 
 def crop_and_resize(image: Image.Image, image_size: int) -> UInt8[Tensor, "3 s s"]:
@@ -65,7 +114,12 @@ def crop_and_resize(image: Image.Image, image_size: int) -> UInt8[Tensor, "3 s s
     left, top = (image.width - side) // 2, (image.height - side) // 2
     resample = Image.Resampling.BOX if side >= image_size else Image.Resampling.BICUBIC
     square = image.resize((image_size, image_size), resample, box=(left, top, left + side, top + side))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    return to_pixels(square).contiguous()
+
+
+def to_pixels(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
+    """An RGB picture of any size as a tensor, 3 bytes per pixel."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def to_unit_interval(pixels: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dalle1.models.options import check_field_types
 from dalle1.models.pixels import map_pixels, unmap_pixels
+from dalle1.models.relaxation import most_likely_codes, relaxed_codes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,12 +129,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, written as a copy because its gradient is then deterministic on every device."""
+    """Nearest-neighbour doubling."""
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         """Twice the sides."""
-        b, c, h, w = x.shape
-        return x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Encoder(nn.Module):
@@ -201,29 +201,49 @@ class DVAE(nn.Module):
                 f"picture sides must be multiples of {factor} (the dVAE's downsampling), got "
                 f"{image.shape[-2]}x{image.shape[-1]}; resize or crop first"
             )
-        return self.encoder.features(map_pixels(image)).permute(0, 2, 3, 1)
+        # All maps are then channels last, so that moving the channels to the end and back copies nothing.
+        mapped = map_pixels(image).contiguous(memory_format=torch.channels_last)
+        return self.encoder.features(mapped).permute(0, 2, 3, 1)
 
     def logits(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b gh gw v"]:
         """Logits over the codes of each grid position, always fp32 (the relaxation is sensitive to rounding)."""
-        head, features = self.encoder.head, self.features(image)
+        features = self.features(image)
         with torch.autocast(image.device.type, enabled=False):
-            return F.linear(features.float(), head.weight[:, :, 0, 0].float(), head.bias)
+            return F.linear(features.float(), self._head_weight.float(), self.encoder.head.bias)
 
     def encode(self, image: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b gh gw"]:
         """Tokens: the most likely code of each position, without noise (paper, sec. 2.2)."""
-        return self.logits(image).argmax(-1)
+        return most_likely_codes(self.features(image), self._head_weight, self._head_bias)
+
+    def relaxed(
+        self, image: Float[Tensor, "b 3 h w"], *, temperature: float, generator: torch.Generator | None = None
+    ) -> tuple[Float[Tensor, "b 6 h w"], Float[Tensor, "b gh gw"]]:
+        """Likelihood parameters from relaxed codes, and the KL divergence of each position's logits to uniform.
+
+        The relaxation and the two 1x1 convolutions around it are in fp32 whatever the precision (paper, app. A.2).
+        Raises: ValueError unless temperature > 0, and as `features`."""
+        vectors, kl = relaxed_codes(
+            self.features(image),
+            self._head_weight,
+            self._head_bias,
+            self.codebook,
+            temperature=temperature,
+            generator=generator,
+        )
+        return self.decode_vectors(vectors), kl
+
+    @property
+    def _head_weight(self) -> Float[Tensor, "v c"]:
+        return self.encoder.head.weight[:, :, 0, 0]
+
+    @property
+    def _head_bias(self) -> Float[Tensor, " v"]:
+        assert self.encoder.head.bias is not None, "all convolutions here have a bias"
+        return self.encoder.head.bias
 
     def decode_vectors(self, vectors: Float[Tensor, "b gh gw c"]) -> Float[Tensor, "b 6 h w"]:
         """Likelihood parameters from (mixtures of) code vectors."""
         return self.decoder((vectors + self.codebook_bias).permute(0, 3, 1, 2))
-
-    def decode_soft(self, codes: Float[Tensor, "b gh gw v"]) -> Float[Tensor, "b 6 h w"]:
-        """Likelihood parameters from relaxed codes: a distribution over codes at each position.
-
-        The mixture is made in fp32, as the logits are (paper, app. A.2)."""
-        with torch.autocast(codes.device.type, enabled=False):
-            vectors = codes.float() @ self.codebook.float()
-        return self.decode_vectors(vectors)
 
     def decode(self, image_tokens: Int[Tensor, "b gh gw"]) -> Float[Tensor, "b 3 h w"]:
         """Picture in [0, 1] from tokens: the centre of each pixel's distribution; its scale is ignored."""

@@ -14,9 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle1.models.dvae import DVAE
+from dalle1.models.relaxation import most_likely_codes
 
 # Steps of Lloyd's algorithm; the assignment hardly changes after ten.
 _LLOYD_STEPS = 10
+# Seeds of up to this many clusters are drawn one by one, of more in this many rounds: 8192 one by one take minutes.
+_SEEDING_ROUNDS = 256
 
 
 def kmeans(
@@ -24,26 +27,28 @@ def kmeans(
 ) -> tuple[Float[Tensor, "k d"], float]:
     """Centroids, and the mean squared distance of a point to its centroid.
 
-    Starts as k-means++ does: each further centroid is a point drawn with probability proportional to its squared
+    Starts as k-means++ does: further centroids are points drawn with probability proportional to their squared
     distance to the nearest one so far.
 
     Raises: ValueError if there are fewer points than clusters."""
     if len(points) < n_clusters:
         raise ValueError(f"need at least as many points as clusters ({n_clusters}), got {len(points)}")
-    chosen = torch.randint(len(points), (1,), generator=generator)
-    centroids = points[chosen]
+    centroids = points[torch.randint(len(points), (1,), generator=generator)]
     nearest = (points - centroids).square().sum(1)
-    for _ in range(n_clusters - 1):
+    while len(centroids) < n_clusters:
+        count = min(max(1, n_clusters // _SEEDING_ROUNDS), n_clusters - len(centroids))
         # The small constant lets duplicates be drawn when there are fewer distinct points than clusters.
-        chosen = torch.multinomial(nearest + 1e-12, 1, generator=generator)
-        centroids = torch.cat([centroids, points[chosen]])
-        nearest = torch.minimum(nearest, (points - points[chosen]).square().sum(1))
+        chosen = points[torch.multinomial(nearest + 1e-12, count, generator=generator)]
+        centroids = torch.cat([centroids, chosen])
+        nearest = torch.minimum(nearest, torch.cdist(points, chosen).square_().amin(1))
     for _ in range(_LLOYD_STEPS):
-        distance, label = torch.cdist(points, centroids).min(dim=1)
+        # The nearest centroid c of a point x has the largest 2 x.c - |c|^2.
+        label = most_likely_codes(points, 2 * centroids, -centroids.square().sum(1))
         sums = torch.zeros_like(centroids).index_add_(0, label, points)
         sizes = torch.bincount(label, minlength=n_clusters)[:, None]
+        distance = (points - centroids[label]).square().sum(1)
         centroids = torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
-    return centroids, float(distance.square().mean())
+    return centroids, float(distance.mean())
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from dalle1.data.dataset import Batch
 from dalle1.evaluation.codebook_usage import codebook_usage, collapse_alarm
 from dalle1.evaluation.image_quality import SSIM_SMALLEST_SIDE, psnr_db, squared_error, ssim
 from dalle1.evaluation.pictures import draw_code_use, to_pictures, token_maps
-from dalle1.losses import gumbel_softmax, kl_to_uniform, logit_laplace_nll, negative_elbo
+from dalle1.losses import logit_laplace_nll, negative_elbo
 from dalle1.models.dvae import DVAE, reconstruction
 from dalle1.models.pixels import map_pixels
 from dalle1.picture_grid import GridBlock, draw_page
@@ -109,10 +109,9 @@ class DVAEModule(StageModule):
             idle = (*self.model.encoder.head.parameters(), self.model.codebook)
             kl = 0.0 * torch.stack([weight.sum() for weight in idle]).sum().expand(len(image), 1, 1)
         else:
-            logits = self.model.logits(image)
-            codes = gumbel_softmax(logits, self.optim.temperature(step), self.step_generator())
-            parameters = self.model.decode_soft(codes)
-            kl = kl_to_uniform(logits)
+            parameters, kl = self.model.relaxed(
+                image, temperature=self.optim.temperature(step), generator=self.step_generator()
+            )
         nll = logit_laplace_nll(map_pixels(image), parameters, min_log_scale=self.optim.min_log_scale)
         loss = negative_elbo(nll, kl, kl_weight=self.optim.kl_weight_at(step))
         values: dict[str, Tensor | float] = {
@@ -143,19 +142,19 @@ class DVAEModule(StageModule):
             losses = _losses(image, parameters, self._nll(image, parameters), prefix="autoencoder_")
             self.log_means("val", losses, len(image))
             return
-        logits = self.model.logits(image)
-        tokens = logits.argmax(-1)
-        hard, relaxed = self._decode_hard(tokens), self._decode_relaxed(logits, self.step_generator(batch_idx))
+        tokens = self.model.encode(image)
+        hard = self._decode_hard(tokens)
+        temperature, kl_weight = self.optim.temperature(self.global_step), self.optim.kl_weight_at(self.global_step)
+        relaxed, kl = self.model.relaxed(image, temperature=temperature, generator=self.step_generator(batch_idx))
         nll = self._nll(image, relaxed)
         values = _losses(image, hard, self._nll(image, hard)) | _losses(image, relaxed, nll, prefix="relaxed_")
         if min(image.shape[-2:]) >= SSIM_SMALLEST_SIDE:
             values["ssim"] = ssim(reconstruction(hard), image).mean()
-        kl, kl_weight = kl_to_uniform(logits), self.optim.kl_weight_at(self.global_step)
         values |= {
             "loss": negative_elbo(nll, kl, kl_weight=kl_weight),
             "negative_elbo": negative_elbo(nll, kl, kl_weight=1.0),
             "kl_per_position": kl.mean(),
-            "temperature": self.optim.temperature(self.global_step),
+            "temperature": temperature,
             "kl_weight": kl_weight,
         }
         self.log_means("val", values, len(image))
@@ -185,16 +184,14 @@ class DVAEModule(StageModule):
             title = f"autoencoder: codes begin after step {self.optim.codebook_start_step}"
             seen = reconstruction(self.model.decode_vectors(self.model.features(image)))
             return {"reconstructions": _rows({"original": to_pictures(image), title: to_pictures(seen)})}
-        logits = self.model.logits(image)
-        tokens = logits.argmax(-1)
+        tokens = self.model.encode(image)
         # The same noise after every update: what changes between two pictures is the network.
         noise = torch.Generator(self.device).manual_seed(self.seed)
         temperature = self.optim.temperature(self.global_step)
+        relaxed, _ = self.model.relaxed(image, temperature=temperature, generator=noise)
         rows = {
             "original": to_pictures(image),
-            f"relaxed, at temperature {temperature:.3g}": to_pictures(
-                reconstruction(self._decode_relaxed(logits, noise))
-            ),
+            f"relaxed, at temperature {temperature:.3g}": to_pictures(reconstruction(relaxed)),
             "hard": to_pictures(reconstruction(self._decode_hard(tokens))),
             "tokens": token_maps(tokens, pixels_per_token=self.model.config.downsampling),
         }
@@ -203,9 +200,6 @@ class DVAEModule(StageModule):
 
     def _decode_hard(self, tokens: Tensor) -> Tensor:
         return self.model.decode_vectors(F.embedding(tokens, self.model.codebook))
-
-    def _decode_relaxed(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        return self.model.decode_soft(gumbel_softmax(logits, self.optim.temperature(self.global_step), generator))
 
     def _nll(self, image: Tensor, parameters: Tensor) -> Tensor:
         return logit_laplace_nll(map_pixels(image), parameters, min_log_scale=self.optim.min_log_scale)

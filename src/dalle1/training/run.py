@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 # Options of the optimizer that a run may be continued with other values of.
 _MAY_CHANGE = ("max_steps",)
+# Options of the data that it must be continued with.
+_SAME_DATA = ("image_size", "batch_size", "seed", "augmentation", "background", "small_pictures")
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 TOKENIZER = Path("tokenizer.json")
@@ -133,6 +135,7 @@ def _train_tokenizer(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> di
     """Train the BPE and return what it gave; None if an earlier run did."""
     config = build(cfg, "model", TextTokenizerConfig)
     path = run_dir / TOKENIZER
+    counted: dict[str, int] = {}  # nothing if an earlier start read the captions
     if path.exists():
         tokenizer = load_text_tokenizer(path)
         if tokenizer.config != config:
@@ -146,7 +149,8 @@ def _train_tokenizer(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> di
         captions = tqdm(data.train_captions(), desc="reading captions", unit="caption", disable=None)
         tokenizer = TextTokenizer.train(captions, config)
         write_json(path, tokenizer.to_dict())
-    return {"entries": tokenizer.n_entries, "sha256": tokenizer.sha256}
+        counted["bad_samples"] = _report_bad_samples(data)
+    return {"entries": tokenizer.n_entries, "sha256": tokenizer.sha256, **counted}
 
 
 def load_text_tokenizer(path: Path) -> TextTokenizer:
@@ -225,9 +229,9 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         data.encode_text = partial(module.text_tokenizer.encode, truncate=cfg.truncate_captions)
     optim = asdict(module.optim)
     module.options = {"optim": {name: value for name, value in optim.items() if name not in _MAY_CHANGE}}
-    module.options["data"] = {name: cfg.data[name] for name in ("image_size", "batch_size", "seed")}
+    module.options["data"] = {name: getattr(data.config, name) for name in _SAME_DATA}
     # Names, not paths: shards may be copied to the machine that trains.
-    module.options["data"]["train"] = [Path(pattern).name for pattern in _as_list(data.config.train)]
+    module.options["data"]["train"] = [Path(pattern).name for pattern in data.config.train_patterns]
     checkpoint = run_dir / CHECKPOINT
     if checkpoint.exists():
         step = _check_same_run(checkpoint, module)
@@ -252,7 +256,11 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     if trainer.is_global_zero:
         starts = sorted(run_dir.glob("logs/*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
         save_curves(starts, run_dir / "curves.png")
-    summary = {"step": trainer.global_step, **{name.replace("val/", ""): value for name, value in metrics.items()}}
+    summary = {
+        "step": trainer.global_step,
+        "bad_samples": _report_bad_samples(data),
+        **{name.replace("val/", ""): value for name, value in metrics.items()},
+    }
     return summary | ({"alarm": module.alarm} if module.alarm else {})
 
 
@@ -267,8 +275,14 @@ def _ctrl_c_stays_itself() -> Iterator[None]:
         raise
 
 
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
+def _report_bad_samples(data: PairDataModule) -> int:
+    """Say in one line how many samples were skipped and why, and return their number."""
+    kinds = data.count_bad_samples()
+    if kinds:
+        reasons = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())
+        skipped = f"{kinds.total():,} of {data.n_samples_used:,} samples skipped: {reasons}"
+        rank_zero_only(logger.warning)(skipped)
+    return kinds.total()
 
 
 def _check_same_run(checkpoint: Path, module: StageModule) -> int:

@@ -1,0 +1,130 @@
+"""The relaxation between the dVAE's encoder and decoder, without the tensors that it does not need.
+
+At each grid position: logits over the codes, their KL divergence to uniform, Gumbel noise, a softmax at a temperature,
+and the mixture of code vectors that it weighs. With 8192 codes the maps in between are the largest tensors of the
+whole dVAE; written as separate operations autograd keeps six of them. Here positions are handled in chunks that
+stay in the cache, and two maps are kept for the backward pass: the relaxed codes and the KL's gradient.
+
+Everything is in fp32 (or fp64, if the inputs are) whatever the precision around it: paper, app. A.2.
+Shapes: n positions, v codes, c feature channels, d width of the code vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Elements of one chunk's map over the codes. On a CPU 8 MB, which stay in the cache between the passes over them;
+# on a GPU 256 MB, enough that no kernel is small.
+_CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+
+
+def gumbel_noise(logits: Float[Tensor, "*positions v"], generator: torch.Generator | None = None) -> Tensor:
+    """Gumbel noise of the logits' shape, drawn in fp32 or better: half precision has a thousand distinct values."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    noise = torch.empty_like(logits, dtype=dtype).uniform_(generator=generator)
+    # Kept away from 0 and 1, where the double logarithm is infinite.
+    return noise.clamp_(1e-20, 1 - 2**-24).log_().neg_().log_().neg_()
+
+
+def relaxed_codes(
+    features: Float[Tensor, "*positions c"],
+    head_weight: Float[Tensor, "v c"],
+    head_bias: Float[Tensor, " v"],
+    codebook: Float[Tensor, "v d"],
+    *,
+    temperature: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, "*positions d"], Float[Tensor, "*positions"]]:
+    """Relaxed code vectors softmax((logits + Gumbel noise) / temperature) @ codebook, and the logits' KL to uniform.
+
+    The KL is ln v minus the entropy of softmax(logits), in [0, ln v]: of the raw logits, whatever the temperature
+    (paper's first author, openai/DALL-E issue 26). The noise is new in every call.
+
+    Raises: ValueError unless temperature > 0.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    inputs = [tensor.to(dtype) for tensor in (features.flatten(0, -2), head_weight, head_bias, codebook)]
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    with torch.autocast(features.device.type, enabled=False):
+        # torch has no types for `apply`.
+        vectors, kl = _RelaxedCodes.apply(*inputs, temperature, generator, keep)  # type: ignore[no-untyped-call]
+    return vectors.view(*features.shape[:-1], -1), kl.view(features.shape[:-1])
+
+
+def most_likely_codes(
+    features: Float[Tensor, "*positions c"], head_weight: Float[Tensor, "v c"], head_bias: Float[Tensor, " v"]
+) -> Int[Tensor, "*positions"]:
+    """The argmax of the logits, of which only one chunk exists at a time; no gradient."""
+    flat = features.detach().flatten(0, -2).float()
+    weight, bias = head_weight.detach().float().t(), head_bias.detach().float()
+    with torch.autocast(features.device.type, enabled=False):
+        chunks = [torch.addmm(bias, flat[rows], weight).argmax(-1) for rows in _chunks(flat, len(bias))]
+    return torch.cat(chunks).view(features.shape[:-1])
+
+
+def _chunks(positions: Tensor, n_codes: int) -> Iterator[slice]:
+    rows = max(1, _CHUNK_ELEMENTS.get(positions.device.type, 2**26) // n_codes)
+    return (slice(start, start + rows) for start in range(0, len(positions), rows))
+
+
+class _RelaxedCodes(torch.autograd.Function):
+    """See `relaxed_codes`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor,
+        codebook: Tensor,
+        temperature: float,
+        generator: torch.Generator | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        vectors = features.new_empty(len(features), codebook.shape[1])
+        kl = features.new_empty(len(features))
+        kept: list[Tensor] = []
+        for rows in _chunks(features, len(head_bias)):
+            logits = torch.addmm(head_bias, features[rows], head_weight.t())
+            log_probs = torch.log_softmax(logits, -1)
+            probs = log_probs.exp()
+            negative_entropy = (probs * log_probs).sum(-1)
+            kl[rows] = negative_entropy + math.log(len(head_bias))
+            codes = logits.add_(gumbel_noise(logits, generator)).div_(temperature)
+            torch.softmax(codes, -1, out=codes)
+            torch.mm(codes, codebook, out=vectors[rows])
+            if keep:
+                # d KL / d logits = p (ln p + entropy)
+                kept += [codes, log_probs.sub_(negative_entropy[:, None]).mul_(probs)]
+        ctx.temperature = temperature
+        ctx.save_for_backward(features, head_weight, codebook, *kept)
+        return vectors, kl
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        vectors_gradient, kl_gradient = gradients
+        features, head_weight, codebook, *kept = ctx.saved_tensors
+        with torch.autocast(features.device.type, enabled=False):
+            d_features = torch.empty_like(features)
+            d_weight, d_bias = torch.zeros_like(head_weight), head_weight.new_zeros(len(head_weight))
+            d_codebook = torch.zeros_like(codebook)
+            for i, rows in enumerate(_chunks(features, len(codebook))):
+                codes, kl_slope = kept[2 * i : 2 * i + 2]
+                d_vectors = vectors_gradient[rows]
+                d_codebook.addmm_(codes.t(), d_vectors)
+                # Of a softmax: y (dy - y.dy), here divided by the temperature.
+                d_logits = torch.mm(d_vectors, codebook.t()).mul_(codes)
+                d_logits.sub_(codes * d_logits.sum(-1, keepdim=True)).div_(ctx.temperature)
+                d_logits.addcmul_(kl_slope, kl_gradient[rows, None])
+                torch.mm(d_logits, head_weight, out=d_features[rows])
+                d_weight.addmm_(d_logits.t(), features[rows])
+                d_bias += d_logits.sum(0)
+        return d_features, d_weight, d_bias, d_codebook, None, None, None
