@@ -170,6 +170,7 @@ def test_without_any_good_picture_nothing_is_written(
     [
         (["none.png"], "no picture, folder or shard at 'none.png'"),
         (["a.png", "side=0"], "side must be >= 1, got 0"),
+        (["a.png", "background=mud"], "a colour must be a name such as 'white', or '#rrggbb', got 'mud'"),
         (["a.png", "device=abacus"], "device must be auto or one that PyTorch can use here, got 'abacus'"),
         (["a.png", "out=full"], "out must not exist yet or be an empty directory, got 'full'"),
         (["a.png", "ckpt=none.ckpt"], "none.ckpt"),
@@ -202,6 +203,13 @@ def test_short_side_is_shrunk_by_averaging_and_never_enlarged(run: Callable[...,
     sizes = {item["name"]: (item["width"], item["height"]) for item in read_pictures(out)}
     assert sizes == {"wide": (32, 16), "small": (9, 13)}
     assert {item["name"]: item["ssim"] is None for item in read_pictures(out)} == {"wide": False, "small": True}
+
+
+def test_transparent_parts_show_the_background(run: Callable[..., Path], tmp_path: Path) -> None:
+    Image.new("RGBA", (200, 200)).save(tmp_path / "a.png")
+    out = run("a.png", "background=#00ff80")
+    with Image.open(out / "a.png") as page:
+        assert page.convert("RGB").getpixel((60, 100)) == (0, 255, 128)
 
 
 def read_pictures(out: Path) -> list[dict[str, object]]:

@@ -30,7 +30,7 @@ from dalle1.checkpoint import load_dvae
 from dalle1.cli import dashed_options, errors_in_one_line
 from dalle1.data.fields import require_int
 from dalle1.data.picture_files import PictureFile, find_pictures
-from dalle1.data.transforms import decode_image, to_unit_interval
+from dalle1.data.transforms import decode_image, parse_color, to_pixels, to_unit_interval
 from dalle1.evaluation.codebook_usage import CodebookUsage, codebook_usage
 from dalle1.evaluation.image_quality import SSIM_SMALLEST_SIDE, psnr_db, squared_error, ssim
 from dalle1.evaluation.pictures import save_picture, to_pictures, token_maps
@@ -87,7 +87,13 @@ def reconstruct(dvae: DVAE, image: Float[Tensor, "3 h w"]) -> tuple[Float[Tensor
 
 
 def reconstruct_files(
-    files: Sequence[PictureFile], dvae: DVAE, out: Path, *, device: torch.device, side: int | None = None
+    files: Sequence[PictureFile],
+    dvae: DVAE,
+    out: Path,
+    *,
+    device: torch.device,
+    side: int | None = None,
+    background: str = "white",
 ) -> Reconstructions:
     """Reconstruct pictures one by one and write `<name>.png` and `<name>.npy` of each into `out`.
 
@@ -99,18 +105,20 @@ def reconstruct_files(
         out: Directory, made when it is needed.
         device: Where the dVAE works.
         side: Pictures whose short side is longer are shrunk to it first, in pixels; None keeps their size.
+        background: What transparent parts of pictures show, a colour as `transforms.parse_color` takes it.
 
-    Raises: ValueError if there is no picture that can be reconstructed, or if `side` < 1.
+    Raises: ValueError if there is no picture that can be reconstructed, if `side` < 1 or `background` is no colour.
     """
     if side is not None:
         require_int("side", side, at_least=1)
+    parse_color(background)
     dvae = dvae.to(device)
     counts = torch.zeros(dvae.config.vocab_size, dtype=torch.int64)
     pictures, failed = [], {}
     for name, file in tqdm(list(zip(_names(files), files, strict=True)), unit="picture", disable=None):
         source = _printable(file.source)
         try:
-            image = _read(file, side).to(device)
+            image = _read(file, side, background).to(device)
             seen, tokens = reconstruct(dvae, image)
         except (OSError, ValueError, RuntimeError) as error:
             failed[source] = _reason(error)
@@ -143,13 +151,13 @@ def _printable(path: str) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _read(file: PictureFile, side: int | None) -> Float[Tensor, "3 h w"]:
-    picture = decode_image(file.read())
+def _read(file: PictureFile, side: int | None, background: str) -> Float[Tensor, "3 h w"]:
+    picture = decode_image(file.read(), background)
     shorter = min(picture.size)
     if side is not None and shorter > side:
         width, height = (max(1, round(length * side / shorter)) for length in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BOX)
-    return to_unit_interval(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    return to_unit_interval(to_pixels(picture))
 
 
 def _reason(error: Exception) -> str:
@@ -253,16 +261,17 @@ def main() -> None:
     parser.add_argument("--out", help="directory to write to (default: runs/reconstructions/<name>-<time>)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--side", type=int, help="shrink pictures to this short side first, in pixels")
-    arguments = dashed_options(sys.argv[1:], ("ckpt", "out", "device", "side"))
+    parser.add_argument("--background", default="white", help="what transparent parts show (default: %(default)s)")
+    arguments = dashed_options(sys.argv[1:], ("ckpt", "out", "device", "side", "background"))
     options = parser.parse_intermixed_args(arguments)
     files = find_pictures(options.images)
     device = choose_device(options.device)
     loaded = load_dvae(options.ckpt)
     name = f"{len(files)}-pictures" if len(files) > 1 else next(_names(files))
     out = check_directory(options.out) if options.out else new_directory("runs/reconstructions", name)
-    results = reconstruct_files(files, loaded.model, out, device=device, side=options.side)
-    settings = {"ckpt": options.ckpt, "sha256": loaded.sha256, "step": loaded.step, "side": options.side}
-    write_metrics(results, out, settings=settings)
+    how: dict[str, Any] = {"side": options.side, "background": options.background}
+    results = reconstruct_files(files, loaded.model, out, device=device, **how)
+    write_metrics(results, out, settings={"ckpt": options.ckpt, "sha256": loaded.sha256, "step": loaded.step, **how})
     print(format_results(results))
     print(f"pictures: {out}")
     if results.failed:
