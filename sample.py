@@ -11,8 +11,9 @@ from dalle1.cli import run_script
 def sample(cfg: DictConfig) -> None:
     """Do what the configuration asks for, and say where the pictures are."""
     # Imported here, so that --help and mistyped options answer at once.
+    from dalle1.atomic_files import check_directory
     from dalle1.pipeline import Pipeline, choose_device
-    from dalle1.results import check_directory, default_directory, write_run
+    from dalle1.results import default_directory, write_run
     from dalle1.sampling.filters import SamplingConfig
     from dalle1.sampling.progress import progress_bar
     from dalle1.sampling.prompts import read_prompts
