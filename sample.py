@@ -40,7 +40,7 @@ def clip_path(cfg: DictConfig) -> str | None:
     """The checkpoint to rank with, or None for no ranking."""
     if cfg.rerank not in ("clip", "none"):
         raise ValueError(f"rerank must be clip or none, got {cfg.rerank!r}")
-    if cfg.rerank == "clip" and not Path(cfg.clip).is_file():
+    if cfg.rerank == "clip" and not Path(cfg.clip).exists():
         raise FileNotFoundError(f"no CLIP at '{cfg.clip}'; train it (stage=clip), or do without ranking: rerank=none")
     return cfg.clip if cfg.rerank == "clip" else None
 
