@@ -21,6 +21,7 @@ LAYERS = [
     ["cli"],
     ["sampling"],
     ["checkpoint"],
+    ["released"],
     ["tokenizers"],
     ["evaluation"],
     ["losses"],
