@@ -11,8 +11,9 @@ from dalle1.cli import run_script
 def sample(cfg: DictConfig) -> None:
     """Do what the configuration asks for, and say where the pictures are."""
     # Imported here, so that --help and mistyped options answer at once.
+    from dalle1.atomic_files import check_directory
     from dalle1.pipeline import Pipeline, choose_device
-    from dalle1.results import check_directory, default_directory, write_run
+    from dalle1.results import default_directory, write_run
     from dalle1.sampling.filters import SamplingConfig
     from dalle1.sampling.progress import progress_bar
     from dalle1.sampling.prompts import read_prompts
@@ -39,7 +40,7 @@ def clip_path(cfg: DictConfig) -> str | None:
     """The checkpoint to rank with, or None for no ranking."""
     if cfg.rerank not in ("clip", "none"):
         raise ValueError(f"rerank must be clip or none, got {cfg.rerank!r}")
-    if cfg.rerank == "clip" and not Path(cfg.clip).is_file():
+    if cfg.rerank == "clip" and not Path(cfg.clip).exists():
         raise FileNotFoundError(f"no CLIP at '{cfg.clip}'; train it (stage=clip), or do without ranking: rerank=none")
     return cfg.clip if cfg.rerank == "clip" else None
 

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "dalle1"
 
 # From the top to the bottom: a module may import from lines below its own, and from its own line.
 LAYERS = [
-    ["training", "evaluation.report", "reconstruct"],
+    ["training", "evaluation.report", "convert", "reconstruct"],
     ["results"],
     ["picture_grid"],
     ["pipeline"],
@@ -21,6 +21,7 @@ LAYERS = [
     ["cli"],
     ["sampling"],
     ["checkpoint"],
+    ["released"],
     ["tokenizers"],
     ["evaluation"],
     ["losses"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from dalle1 import checkpoint as checkpoint_module
 from dalle1.checkpoint import (
+    Loaded,
     check_pair,
     load_clip,
     load_dvae,
@@ -18,6 +22,7 @@ from dalle1.checkpoint import (
     make_record,
     read_checkpoint,
     weights_sha256,
+    write_exported,
 )
 from dalle1.models.clip import CLIP
 from dalle1.models.dvae import DVAE
@@ -183,3 +188,142 @@ def test_transformer_with_another_dvae_is_refused(
     )
     with pytest.raises(ValueError, match=expected):
         check_pair(transformer, image_tokenizer)
+
+
+LOADERS = {"dvae": load_dvae, "clip": load_clip, "transformer": load_transformer}
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with an exported checkpoint of each stage; tests must not change it."""
+    directory = tmp_path_factory.mktemp("exported")
+    for kind, load in LOADERS.items():
+        loaded: Loaded[Any] = load(checkpoints[kind])
+        record = make_record(
+            loaded.model,
+            text_tokenizer=loaded.text_tokenizer,
+            dvae_sha256=loaded.dvae_sha256,
+            caption_dropout=0.25,
+        )
+        assert write_exported(directory / kind, loaded.model, record, step=loaded.step) == loaded.sha256
+    return directory
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_exported_checkpoint_is_the_one_it_was_made_from(
+    checkpoints: dict[str, Path], exported: Path, kind: str
+) -> None:
+    load: Callable[[Path], Loaded[Any]] = LOADERS[kind]
+    first, second = load(checkpoints[kind]), load(exported / kind)
+    assert second.model.config == first.model.config
+    assert weights_sha256(second.model.state_dict()) == second.sha256 == first.sha256
+    assert (second.step, second.dvae_sha256, second.caption_dropout) == (7, first.dvae_sha256, 0.25)
+    assert (second.text_tokenizer is None) == (first.text_tokenizer is None)
+    if first.text_tokenizer and second.text_tokenizer:
+        assert second.text_tokenizer.sha256 == first.text_tokenizer.sha256
+    assert not second.model.training
+    assert not any(parameter.requires_grad for parameter in second.model.parameters())
+    assert {path.name for path in (exported / kind).iterdir()} == {"config.json", "model.safetensors"}
+    assert len({path.stat().st_mode for path in (exported / kind).iterdir()}) == 1
+
+
+def test_exported_checkpoint_has_the_content_that_training_writes(checkpoints: dict[str, Path], exported: Path) -> None:
+    first, second = read_checkpoint(checkpoints["dvae"]), read_checkpoint(exported / "dvae")
+    assert second["dalle1"].items() >= (first["dalle1"] | {"caption_dropout": 0.25}).items()
+    assert second["global_step"] == 7
+    assert second["state_dict"].keys() == first["state_dict"].keys()
+    assert all(torch.equal(second["state_dict"][name], first["state_dict"][name]) for name in first["state_dict"])
+
+
+def test_exported_weights_are_those_of_the_average(
+    tmp_path: Path, make_dvae: Callable[..., DVAE], write_checkpoint: Write
+) -> None:
+    average = make_dvae(seed=9)
+    path = write_checkpoint(tmp_path / "last.ckpt", make_dvae(seed=1), extra={"ema": average.state_dict()})
+    model = load_dvae(path).model
+    write_exported(tmp_path / "out", model, make_record(model), step=1)
+    assert load_dvae(tmp_path / "out").sha256 == weights_sha256(average.state_dict())
+
+
+def test_existing_directory_is_not_written_into(tmp_path: Path, make_dvae: Callable[..., DVAE]) -> None:
+    model = make_dvae()
+    (tmp_path / "out").mkdir()
+    write_exported(tmp_path / "out", model, make_record(model), step=0)
+    with pytest.raises(FileExistsError, match=r"out must not exist yet or be an empty directory, got '.*out'"):
+        write_exported(tmp_path / "out", make_dvae(seed=2), make_record(model), step=0)
+    assert load_dvae(tmp_path / "out").sha256 == weights_sha256(model.state_dict())
+
+
+@pytest.mark.parametrize("function", ["save_file", "write_json"])
+def test_failure_in_writing_leaves_nothing(
+    tmp_path: Path, make_dvae: Callable[..., DVAE], monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError("disk full")
+
+    model = make_dvae()
+    monkeypatch.setattr(checkpoint_module, function, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_exported(tmp_path / "out", model, make_record(model), step=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def copy(tmp_path: Path, exported: Path) -> Path:
+    """An exported dVAE that tests may change."""
+    return Path(shutil.copytree(exported / "dvae", tmp_path / "copy"))
+
+
+def test_changed_weights_are_noticed(copy: Path) -> None:
+    sha256 = load_dvae(copy).sha256
+    with open(copy / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(ValueError, match=f"is damaged: its weights must have the hash .*, {sha256[:12]}, got [0-9a-f]"):
+        load_dvae(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_damaged_export_is_refused(copy: Path, name: str, keep: float) -> None:
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data[: int(keep * len(data)) if keep < 1 else int(keep)])
+    with pytest.raises(ValueError, match="is not a checkpoint that can be read safely") as raised:
+        load_dvae(copy)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_export_without_a_file_is_refused(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"it has no {name}; of a stage's results give .*/last\.ckpt"):
+        load_dvae(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "must have format version 1, got 2"),
+        ({"kind": "clip"}, "must hold a dvae, got a clip"),
+        ({"model_config": {"vocab_sise": 3}}, r"does not know: .*unexpected keyword argument 'vocab_sise'"),
+        ({"weights_sha256": "0" * 64}, "hash that its config.json names, 000000000000, got [0-9a-f]"),
+        ({"step": ...}, "must hold all parts of a checkpoint, it lacks step"),
+        ({"weights_sha256": ...}, "must hold all parts of a checkpoint, it lacks weights_sha256"),
+        ({"dvae_sha256": ..., "kind": ...}, "it lacks kind, dvae_sha256"),
+        ({"format_version": ...}, "must hold a 'dalle1' record, as all our checkpoints do; it has none"),
+    ],
+)
+def test_export_with_another_record_is_refused(copy: Path, changes: dict[str, Any], message: str) -> None:
+    content = json.loads((copy / "config.json").read_text()) | changes
+    content = {name: value for name, value in content.items() if value is not ...}
+    (copy / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load_dvae(copy)
+
+
+def test_safetensors_of_another_model_are_refused(copy: Path, exported: Path) -> None:
+    shutil.copy(exported / "clip" / "model.safetensors", copy)
+    with pytest.raises(ValueError, match=r"does not fit its own configuration: .*Missing key"):
+        load_dvae(copy)

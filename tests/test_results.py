@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from dalle1 import results as results_module
+from dalle1.atomic_files import check_directory
 from dalle1.pipeline import PromptResult
-from dalle1.results import check_directory, default_directory, slug, write_run
+from dalle1.results import default_directory, slug, write_run
 
 CHECKPOINTS: dict[str, dict[str, object]] = {"transformer": {"sha256": "aa", "step": 5}, "dvae": {"sha256": "bb"}}
 

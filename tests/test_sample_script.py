@@ -9,9 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+
+from dalle1.checkpoint import Loaded, load_clip, load_dvae, load_transformer, make_record, write_exported
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "sample.py"
@@ -93,6 +96,18 @@ def test_prompts_file_without_ranking(work: Path, sample: Callable[..., None]) -
     assert "clip" not in content["checkpoints"]
     with Image.open(work / "my = out" / "grid.png") as grid:
         assert grid.width == 384
+
+
+def test_exported_checkpoints_give_the_same_pictures(work: Path, sample: Callable[..., None]) -> None:
+    stages = {"transformer": load_transformer, "dvae": load_dvae, "clip": load_clip}
+    for stage, load in stages.items():
+        loaded: Loaded[Any] = load(work / "runs" / "shapes" / stage / "checkpoints" / "last.ckpt")
+        record = make_record(loaded.model, text_tokenizer=loaded.text_tokenizer, dvae_sha256=loaded.dvae_sha256)
+        write_exported(work / "my exported" / stage, loaded.model, record, step=loaded.step)
+    sample("prompt=a red circle", "candidates=2", "out=one")
+    sample("prompt=a red circle", "candidates=2", "out=two", *(f"{stage}=my exported/{stage}" for stage in stages))
+    for name in ("0001-a-red-circle-001.png", "0001-a-red-circle-002.png"):
+        assert (work / "one" / name).read_bytes() == (work / "two" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

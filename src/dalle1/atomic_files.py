@@ -1,10 +1,11 @@
-"""Files that are either whole or absent, whenever the process dies."""
+"""Files and directories that are either whole or absent, whenever the process dies."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,40 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_directory(directory: str | Path) -> Path:
+    """`directory` as a path, if a new one may be written there.
+
+    Raises: FileExistsError if it exists, unless it is an empty directory.
+    """
+    path = Path(directory)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"out must not exist yet or be an empty directory, got '{path}'; choose another one")
+    return path
+
+
+@contextmanager
+def atomic_directory(directory: str | Path) -> Iterator[Path]:
+    """A temporary directory beside `directory` to fill; at the end of the block it gets its name.
+
+    Parents are made if they are missing. If the block raises, nothing stays. Files are synced only if they are
+    written with `atomic`.
+
+    Raises: FileExistsError as `check_directory`.
+    """
+    # Resolved, because "." cannot be replaced by its relative name.
+    target = check_directory(directory).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        check_directory(target)
+        temporary.replace(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

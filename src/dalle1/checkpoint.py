@@ -1,21 +1,27 @@
-"""Checkpoints that rebuild their model: a Lightning file plus one plain `dalle1` record.
+"""Checkpoints that rebuild their model: weights plus one plain `dalle1` record.
 
 The record holds all that using the model needs (kind, configuration, text tokenizer, hash of the dVAE, ...), so a
-file loads without the configuration of its run, and always with `weights_only=True`: nothing in it can execute.
-Weights are the averaged ones where training kept an average.
+checkpoint loads without the configuration of its run. There are two forms, and nothing in either can execute:
+
+- what training writes, a Lightning file, read with `weights_only=True`; weights are the averaged ones where training
+  kept an average;
+- an exported checkpoint, a directory with the weights alone as safetensors and the record as JSON.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dalle1.atomic_files import atomic, atomic_directory, write_json
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
@@ -27,6 +33,10 @@ RECORD_KEY = "dalle1"
 EMA_KEY = "ema"
 SECONDS_KEY = "wall_seconds"
 OPTIONS_KEY = "options"  # how it was trained, so that a run does not continue as another one
+SHA256_KEY = "weights_sha256"
+# An exported checkpoint's files.
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
 _RECORD_FIELDS = ("kind", "model_config", "text_tokenizer", "dvae_sha256", "caption_dropout")
 # Lightning modules hold the trained network under this name.
 _MODEL_PREFIX = "model."
@@ -81,29 +91,56 @@ def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file on the CPU, without executing anything in it.
+def write_exported(directory: str | Path, model: nn.Module, record: Mapping[str, Any], *, step: int) -> str:
+    """Write a model as an exported checkpoint: a new directory with `config.json` and `model.safetensors`.
 
-    Raises: FileNotFoundError if there is no such file; ValueError if it is damaged, not ours or of a newer format.
+    `record` is that of `make_record`; `step` counts the optimizer steps that the model was trained for. Returns the
+    hash of the weights. The directory appears at once or not at all.
+
+    Raises: FileExistsError if it exists, unless it is empty.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    sha256 = weights_sha256(state)
+    with atomic_directory(directory) as partial:
+        write_json(partial / CONFIG_NAME, {**record, "step": step, SHA256_KEY: sha256})
+        with atomic(partial / WEIGHTS_NAME) as temporary:
+            # The entry by which other readers know that these are PyTorch's.
+            save_file(state, temporary, metadata={"format": "pt"})
+            # safetensors makes files that only their owner may read, whatever the umask says.
+            temporary.chmod((partial / CONFIG_NAME).stat().st_mode)
+    return sha256
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint on the CPU, without executing anything in it.
+
+    An exported checkpoint comes in the form that training writes.
+
+    Raises: FileNotFoundError if there is none; ValueError if it is damaged, not ours or of a newer format.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no checkpoint at '{path}'; correct the path")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_exported(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # a damaged pickle can raise any error
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise ValueError(f"'{path}' is not a checkpoint that can be read safely ({reason})") from error
     record = content.get(RECORD_KEY) if isinstance(content, dict) else None
     if not isinstance(record, dict):
-        raise ValueError(f"'{path}' must hold a '{RECORD_KEY}' record, as checkpoints of train.py do; it has none")
+        raise ValueError(f"'{path}' must hold a '{RECORD_KEY}' record, as all our checkpoints do; it has none")
     if record.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"'{path}' must have format version {FORMAT_VERSION}, got {record.get('format_version')!r}; "
             "use the dalle1 version that wrote it"
         )
     missing = [name for name in _RECORD_FIELDS if name not in record]
-    missing += [name for name in ("state_dict", "global_step") if name not in content]
+    if path.is_dir():
+        missing += [name for name in ("step", SHA256_KEY) if name not in record]
+    else:
+        missing += [name for name in ("state_dict", "global_step") if name not in content]
     if missing:
         raise ValueError(f"'{path}' must hold all parts of a checkpoint, it lacks {', '.join(missing)}")
     return cast("dict[str, Any]", content)
@@ -139,8 +176,28 @@ def check_pair(transformer: Loaded[DalleTransformer], image_tokenizer: ImageToke
         )
 
 
+def _read_exported(directory: Path) -> dict[str, Any]:
+    """An exported checkpoint's content under the names that training gives it."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(
+                f"'{directory}' must be an exported checkpoint, it has no {name}; "
+                "of a stage's results give the file checkpoints/last.ckpt"
+            )
+    config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or "format_version" not in config:
+        return {}
+    state = load_file(directory / WEIGHTS_NAME)
+    return {
+        RECORD_KEY: config,
+        "state_dict": {_MODEL_PREFIX + name: tensor for name, tensor in state.items()},
+        "global_step": config.get("step"),
+        SHA256_KEY: config.get(SHA256_KEY),
+    }
+
+
 def _load(path: str | Path, kind: str) -> Loaded[Any]:
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"no {kind} at '{path}'; train it (stage={kind}) or correct the path")
     content = read_checkpoint(path)
     record = content[RECORD_KEY]
@@ -162,10 +219,16 @@ def _load(path: str | Path, kind: str) -> Loaded[Any]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"'{path}' does not fit its own configuration: {reason}") from error
+    sha256 = weights_sha256(model.state_dict())
+    if content.get(SHA256_KEY, sha256) != sha256:
+        raise ValueError(
+            f"'{path}' is damaged: its weights must have the hash that its {CONFIG_NAME} names, "
+            f"{str(content[SHA256_KEY])[:12]}, got {sha256[:12]}; make or copy it again"
+        )
     tokenizer = record["text_tokenizer"]
     return Loaded(
         model=model.eval().requires_grad_(False),
-        sha256=weights_sha256(model.state_dict()),
+        sha256=sha256,
         step=content["global_step"],
         text_tokenizer=TextTokenizer.from_dict(tokenizer) if tokenizer else None,
         dvae_sha256=record["dvae_sha256"],

@@ -25,7 +25,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.atomic_files import atomic, write_json
+from dalle1.atomic_files import atomic, check_directory, write_json
 from dalle1.checkpoint import load_dvae
 from dalle1.cli import dashed_options, errors_in_one_line
 from dalle1.data.fields import require_int
@@ -37,7 +37,7 @@ from dalle1.evaluation.pictures import save_picture, to_pictures, token_maps
 from dalle1.models.dvae import DVAE
 from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.pipeline import choose_device
-from dalle1.results import check_directory, new_directory
+from dalle1.results import new_directory
 
 DEFAULT_CHECKPOINT = "runs/shapes/dvae/checkpoints/last.ckpt"
 _LONGEST_NAME = 150  # bytes; file systems allow 255, and files have longer names while they are written

@@ -5,10 +5,8 @@ All files appear at once: they are written beside the directory and renamed, so 
 
 from __future__ import annotations
 
-import json
 import platform
 import re
-import shutil
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +14,11 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from PIL.PngImagePlugin import PngInfo
 
+from dalle1.atomic_files import atomic_directory, write_json
 from dalle1.evaluation.pictures import to_pictures
 from dalle1.picture_grid import GridBlock, draw_grids
 from dalle1.pipeline import PromptResult
@@ -59,17 +57,6 @@ def new_directory(parent: str | Path, name: str) -> Path:
     return path
 
 
-def check_directory(directory: str | Path) -> Path:
-    """`directory` as a path, if a run may be written there.
-
-    Raises: FileExistsError if it exists, unless it is an empty directory.
-    """
-    path = Path(directory)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"out must not exist yet or be an empty directory, got '{path}'; choose another one")
-    return path
-
-
 def write_run(
     results: Sequence[PromptResult],
     directory: str | Path,
@@ -86,15 +73,9 @@ def write_run(
         checkpoints: Hashes of the weights, for the manifest and every picture (`Pipeline.checkpoints`).
 
     Raises:
-        FileExistsError: As `check_directory`.
+        FileExistsError: As `atomic_files.check_directory`.
     """
-    directory = check_directory(directory)
-    # Resolved, because "." cannot be replaced by its relative name.
-    target = directory.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.{uuid4().hex[:8]}.partial"
-    partial.mkdir()
-    try:
+    with atomic_directory(directory) as partial:
         prompts = [_write_pictures(number, result, partial, checkpoints) for number, result in enumerate(results, 1)]
         grids = _write_grids(results, partial)
         content = {
@@ -106,13 +87,8 @@ def write_run(
             "grids": grids,
             "prompts": prompts,
         }
-        manifest = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (partial / MANIFEST_NAME).write_text(manifest, encoding="utf-8")
-        check_directory(target)
-        partial.replace(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        write_json(partial / MANIFEST_NAME, content)
+    directory = Path(directory)
     return WrittenRun(
         grids=[directory / grid for grid in grids],
         manifest=directory / MANIFEST_NAME,

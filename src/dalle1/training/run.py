@@ -215,7 +215,7 @@ def check_sizes(name: str, config: object, **needed: int) -> None:
 
 
 def _load_dvae(path: Path) -> ImageTokenizer:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"stage=transformer needs a trained dVAE, there is none at '{path}'; "
             "run 'python train.py stage=dvae' first, or give dvae=PATH"
