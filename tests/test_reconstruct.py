@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dalle1 import reconstruct as module
-from dalle1.checkpoint import load_dvae
+from dalle1.checkpoint import load_dvae, make_record, write_exported
 from dalle1.data.picture_files import PictureFile, find_pictures
 from dalle1.evaluation.image_quality import psnr_db, squared_error, ssim
 from dalle1.models.dvae import DVAE
@@ -105,6 +105,14 @@ def test_grid_of_a_large_codebook_needs_wider_numbers(
     large = write_checkpoint(tmp_path / "large.ckpt", make_dvae(vocab_size=2**16 + 1))
     out = run(save(tmp_path / "a.png", 8, 8), ckpt=str(large))
     assert np.load(out / "a.npy").dtype == np.int32
+
+
+def test_exported_directory_is_a_checkpoint_too(
+    run: Callable[..., Path], tmp_path: Path, make_dvae: Callable[..., DVAE]
+) -> None:
+    dvae = make_dvae()
+    write_exported(tmp_path / "exported", dvae, make_record(dvae), step=0)
+    assert names(run(save(tmp_path / "a.png", 8, 8), ckpt="exported")) >= {"a.png", "a.npy"}
 
 
 def test_folders_globs_and_shards_get_names_of_their_own(run: Callable[..., Path], tmp_path: Path) -> None:
