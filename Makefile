@@ -3,12 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Pictures of the benchmark; data/README.md says how to make these.
+TRAIN := data/photos/train-*.tar
+VAL := data/photos/val-*.tar
+
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test lint types clean
+.PHONY: help setup demo test bench-dvae lint types clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## make .venv and install the project (done by the other targets, once)
 
@@ -27,6 +31,10 @@ demo: $(STAMP)  ## the whole pipeline on the generated data, ending in pictures 
 
 test: $(STAMP) lint types  ## lint, types and tests
 	$(BIN)/pytest
+
+bench-dvae: $(STAMP)  ## our dVAE against DALLE-pytorch's: make bench-dvae TRAIN='train-*.tar' VAL='val-*.tar' (35 minutes)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6
+	$(BIN)/python benchmarks/dvae.py --train '$(TRAIN)' --val '$(VAL)' $(BENCH)
 
 lint: $(STAMP)  ## style
 	$(BIN)/ruff check .

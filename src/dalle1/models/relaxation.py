@@ -19,17 +19,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Elements of one chunk's map over the codes. On a CPU 8 MB, which stay in the cache between the passes over them;
+# Elements of one chunk's map over the codes. On a CPU 16 MB, which stay in the cache between the passes over them;
 # on a GPU 256 MB, enough that no kernel is small.
-_CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
 
 def gumbel_noise(logits: Float[Tensor, "*positions v"], generator: torch.Generator | None = None) -> Tensor:
     """Gumbel noise of the logits' shape, drawn in fp32 or better: half precision has a thousand distinct values."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    noise = torch.empty_like(logits, dtype=dtype).uniform_(generator=generator)
-    # Kept away from 0 and 1, where the double logarithm is infinite.
-    return noise.clamp_(1e-20, 1 - 2**-24).log_().neg_().log_().neg_()
+    # The bounds keep away 0 and 1, where the double logarithm is infinite.
+    noise = torch.empty_like(logits, dtype=dtype).uniform_(1e-20, 1 - 2**-24, generator=generator)
+    return noise.log_().neg_().log_().neg_()
 
 
 def relaxed_codes(
@@ -94,16 +94,20 @@ class _RelaxedCodes(torch.autograd.Function):
         kept: list[Tensor] = []
         for rows in _chunks(features, len(head_bias)):
             logits = torch.addmm(head_bias, features[rows], head_weight.t())
-            log_probs = torch.log_softmax(logits, -1)
-            probs = log_probs.exp()
-            negative_entropy = (probs * log_probs).sum(-1)
-            kl[rows] = negative_entropy + math.log(len(head_bias))
+            # The likeliest code's is then 0, and the denominator of the softmax 1 / its probability.
+            logits -= logits.amax(-1, keepdim=True)
+            probs = torch.softmax(logits, -1)
+            kl_slope = probs * logits
+            mean_logit = kl_slope.sum(-1, keepdim=True)
+            kl[rows] = mean_logit[:, 0] + probs.amax(-1).log() + math.log(len(head_bias))
+            if keep:
+                # d KL / d logits = p (ln p + entropy) = p (logits - mean logit)
+                kl_slope.addcmul_(probs, mean_logit, value=-1)
             codes = logits.add_(gumbel_noise(logits, generator)).div_(temperature)
             torch.softmax(codes, -1, out=codes)
             torch.mm(codes, codebook, out=vectors[rows])
             if keep:
-                # d KL / d logits = p (ln p + entropy)
-                kept += [codes, log_probs.sub_(negative_entropy[:, None]).mul_(probs)]
+                kept += [codes, kl_slope]
         ctx.temperature = temperature
         ctx.save_for_backward(features, head_weight, codebook, *kept)
         return vectors, kl
@@ -120,9 +124,9 @@ class _RelaxedCodes(torch.autograd.Function):
                 codes, kl_slope = kept[2 * i : 2 * i + 2]
                 d_vectors = vectors_gradient[rows]
                 d_codebook.addmm_(codes.t(), d_vectors)
-                # Of a softmax: y (dy - y.dy), here divided by the temperature.
-                d_logits = torch.mm(d_vectors, codebook.t()).mul_(codes)
-                d_logits.sub_(codes * d_logits.sum(-1, keepdim=True)).div_(ctx.temperature)
+                # Of a softmax: y (dy - y.dy), and dy divided by the temperature.
+                d_logits = torch.mm(d_vectors / ctx.temperature, codebook.t()).mul_(codes)
+                d_logits.addcmul_(codes, d_logits.sum(-1, keepdim=True), value=-1)
                 d_logits.addcmul_(kl_slope, kl_gradient[rows, None])
                 torch.mm(d_logits, head_weight, out=d_features[rows])
                 d_weight.addmm_(d_logits.t(), features[rows])
