@@ -15,7 +15,8 @@ def module_and_trainer(value: float) -> tuple[Any, Any]:
     """A module whose network has one weight, and a trainer that counts steps."""
     network = torch.nn.Linear(1, 1, bias=False)
     network.weight.data.fill_(value)
-    return SimpleNamespace(model=network, device=torch.device("cpu")), SimpleNamespace(global_step=0)
+    module = SimpleNamespace(model=network, device=torch.device("cpu"), fresh_weights=set())
+    return module, SimpleNamespace(global_step=0)
 
 
 def started(decay: float, value: float) -> tuple[EMA, Any, Any]:
@@ -30,6 +31,18 @@ def step(ema: EMA, trainer: Any, module: Any, value: float) -> None:
     module.model.weight.data.fill_(value)
     trainer.global_step += 1
     ema.on_train_batch_end(trainer, module, None, None, 0)
+
+
+def test_average_starts_over_with_weights_that_were_set_anew() -> None:
+    ema, trainer, module = started(decay=0.999, value=1.0)
+    for _ in range(50):
+        step(ema, trainer, module, 1.0)
+    module.fresh_weights = {"weight"}
+    step(ema, trainer, module, 7.0)
+    checkpoint: dict[str, Any] = {}
+    ema.on_save_checkpoint(trainer, module, checkpoint)
+    assert checkpoint["ema"]["weight"].item() == 7
+    assert module.fresh_weights == set()
 
 
 def test_average_follows_its_closed_form() -> None:

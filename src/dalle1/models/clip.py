@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -80,10 +81,11 @@ class TowerBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b s d"], *, causal: bool) -> Float[Tensor, "b s d"]:
         """Same shape."""
-        b, s, d = x.shape
-        q, k, v = self.qkv(self.attention_norm(x)).view(b, s, 3, self.n_heads, d // self.n_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = rearrange(
+            self.qkv(self.attention_norm(x)), "b s (qkv heads d) -> qkv b heads s d", qkv=3, heads=self.n_heads
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        x = x + self.out(y.transpose(1, 2).reshape(b, s, d))
+        x = x + self.out(rearrange(y, "b heads s d -> b s (heads d)"))
         return x + self.mlp(self.mlp_norm(x))
 
 

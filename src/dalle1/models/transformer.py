@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -101,12 +102,11 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "b s d"], mask: Tensor, cache: KVCache | None = None, layer: int = 0
     ) -> Float[Tensor, "b s d"]:
         """Attend from `s` states to themselves, or, with a cache, to all states stored so far and themselves."""
-        b, s, d = x.shape
-        q, k, v = self.qkv(x).view(b, s, 3, self.n_heads, d // self.n_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = rearrange(self.qkv(x), "b s (qkv heads d) -> qkv b heads s d", qkv=3, heads=self.n_heads)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (b, n_heads, s, head_dim)
-        return self.out(y.transpose(1, 2).reshape(b, s, d))
+        return self.out(rearrange(y, "b heads s d -> b s (heads d)"))
 
 
 class Block(nn.Module):

@@ -18,6 +18,8 @@ from dalle1.models.relaxation import most_likely_codes
 
 # Steps of Lloyd's algorithm; the assignment hardly changes after ten.
 _LLOYD_STEPS = 10
+# The encoder's largest maps exist for only so many.
+_PICTURES_AT_ONCE = 8
 # Seeds of up to this many clusters are drawn one by one, of more in this many rounds: 8192 one by one take minutes.
 _SEEDING_ROUNDS = 256
 
@@ -64,7 +66,7 @@ def start_codebook(
         generator: Randomness of the clustering, on the CPU.
     """
     check_feature_width(dvae)
-    features = dvae.features(image).flatten(0, 2).float()
+    features = torch.cat([dvae.features(part).flatten(0, 2).float() for part in image.split(_PICTURES_AT_ONCE)])
     if len(features) < dvae.config.vocab_size:
         raise ValueError(
             f"the codebook's start needs at least as many grid positions as codes, {dvae.config.vocab_size}, got "

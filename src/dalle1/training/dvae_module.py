@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.data.dataset import Batch
+from dalle1.data.transforms import to_unit_interval
 from dalle1.evaluation.codebook_usage import codebook_usage, collapse_alarm
 from dalle1.evaluation.image_quality import SSIM_SMALLEST_SIDE, psnr_db, squared_error, ssim
 from dalle1.evaluation.pictures import draw_code_use, to_pictures, token_maps
@@ -82,23 +83,29 @@ class DVAEModule(StageModule):
         super().__init__(model, optim, seed=seed)
         if optim.codebook_start_step:
             check_feature_width(model)
+        self._started_codebook = False
         self._code_counts = torch.zeros(model.config.vocab_size, dtype=torch.int64)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Start the codebook when its step has come."""
-        if self.optim.codebook_start_step and self.global_step == self.optim.codebook_start_step:
-            loader = self.trainer.train_dataloader
-            assert loader is not None, "a training batch has come from it"
-            dataset = loader.dataset
-            count = min(self.optim.codebook_start_pictures, len(dataset))
-            # Spread over the whole set; the same on every rank.
-            picked = [dataset[i * len(dataset) // count]["pixels"] for i in range(count)]
-            image = torch.stack(picked).to(self.device).float() / 255
-            generator = torch.Generator().manual_seed(self.seed)
-            start_codebook(self.model, image, sharpness=self.optim.codebook_sharpness, generator=generator)
-            # Rounding may differ between devices, and k-means amplifies it.
-            for weight in (*self.model.encoder.head.parameters(), self.model.codebook):
-                weight.data.copy_(self.trainer.strategy.broadcast(weight.data))
+        start = self.optim.codebook_start_step
+        if not start or self.global_step != start or self._started_codebook:
+            return
+        self._started_codebook = True  # further batches may be part of the same update
+        loader = self.trainer.train_dataloader
+        assert loader is not None, "a training batch has come from it"
+        dataset = loader.dataset
+        count = min(self.optim.codebook_start_pictures, len(dataset))
+        # Spread over the whole set; the same on every rank.
+        picked = [dataset[i * len(dataset) // count]["pixels"] for i in range(count)]
+        image = to_unit_interval(torch.stack(picked).to(self.device))
+        generator = torch.Generator().manual_seed(self.seed)
+        start_codebook(self.model, image, sharpness=self.optim.codebook_sharpness, generator=generator)
+        # Rounding may differ between devices, and k-means amplifies it.
+        self.fresh_weights |= {"encoder.head.weight", "encoder.head.bias", "codebook"}
+        for name in sorted(self.fresh_weights):
+            weight = self.model.get_parameter(name).data
+            weight.copy_(self.trainer.strategy.broadcast(weight))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Negative relaxed evidence bound of one batch, in nats per pixel value."""

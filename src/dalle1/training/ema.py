@@ -41,8 +41,12 @@ class EMA(pl.Callback):
             return
         self._last_step = step = trainer.global_step
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [weight.detach().float() for _, weight in _weights(pl_module)]
-        torch._foreach_lerp_(list(self._average.values()), weights, 1 - decay)
+        weights = {name: weight.detach().float() for name, weight in _weights(pl_module)}
+        fresh: set[str] = pl_module.fresh_weights  # type: ignore[assignment]
+        for name in fresh:
+            self._average[name].copy_(weights[name])
+        fresh.clear()
+        torch._foreach_lerp_(list(self._average.values()), list(weights.values()), 1 - decay)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate with the average."""

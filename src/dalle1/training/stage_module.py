@@ -60,6 +60,8 @@ class StageModule(pl.LightningModule):
         # What else a run that continues this one must have in common with it; see `training.run`.
         self.options: dict[str, Any] = {}
         self.alarm: str | None = None  # what the last validation found wrong, in one sentence; goes into the summary
+        # Weights that this update set anew, by their names in `model`: their average starts over.
+        self.fresh_weights: set[str] = set()
         self.earlier_seconds = 0.0  # what earlier starts of this run took, up to the checkpoint that it continues from
         self._started = time.monotonic()
         self.record = make_record(
