@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dalle1.atomic_files import atomic
 from dalle1.cli import errors_in_one_line
 from dalle1.data.fields import require_int
-from dalle1.data.shard_writer import PictureFile, write_shard
+from dalle1.data.shard_writer import EncodedPicture, write_shard
 from dalle1.data.transforms import decode_image
 
 # A line of emoji-test.txt: 2764 FE0F ; fully-qualified # ❤️ E0.6 red heart
@@ -36,7 +36,7 @@ def read_names(path: Path) -> dict[str, str]:
     return names
 
 
-def read_emoji(path: Path, name: str, side: int) -> PictureFile:
+def read_emoji(path: Path, name: str, side: int) -> EncodedPicture:
     """A picture as JPEG on white, side x side pixels, with its name as caption.
 
     Raises: ValueError if it cannot be decoded."""
@@ -46,7 +46,7 @@ def read_emoji(path: Path, name: str, side: int) -> PictureFile:
         raise ValueError(f"'{path}' must be a picture, but {error}; get it again") from error
     file = io.BytesIO()
     picture.resize((side, side), Image.Resampling.LANCZOS).save(file, "jpeg", quality=95)
-    return PictureFile(extension="jpg", data=file.getvalue(), width=side, height=side, caption=name)
+    return EncodedPicture(extension="jpg", data=file.getvalue(), width=side, height=side, caption=name)
 
 
 @errors_in_one_line()

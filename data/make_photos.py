@@ -12,17 +12,17 @@ from tqdm import tqdm
 
 from dalle1.atomic_files import atomic
 from dalle1.cli import errors_in_one_line
-from dalle1.data.shard_writer import PictureFile, write_shard
+from dalle1.data.shard_writer import EncodedPicture, write_shard
 
 SPLITS = ("train", "val")
 
 
-def read_photos(archive: Path) -> dict[str, list[PictureFile]]:
+def read_photos(archive: Path) -> dict[str, list[EncodedPicture]]:
     """The JPEGs under `.../images/train` and `.../images/val` of the archive, as they are, by name; without captions.
 
     Raises: FileNotFoundError if there is no such file; ValueError if it is another, damaged or cut short.
     """
-    found: dict[str, dict[str, PictureFile]] = {split: {} for split in SPLITS}
+    found: dict[str, dict[str, EncodedPicture]] = {split: {} for split in SPLITS}
     try:
         with tarfile.open(archive) as tar:
             for member in tqdm(tar, desc="reading", unit="file", disable=None):
@@ -31,7 +31,7 @@ def read_photos(archive: Path) -> dict[str, list[PictureFile]]:
                 if file and path.suffix == ".jpg" and path.parent.parent.name == "images" and path.parent.name in found:
                     data = file.read()
                     width, height = Image.open(io.BytesIO(data)).size
-                    photo = PictureFile(extension="jpg", data=data, width=width, height=height, caption=None)
+                    photo = EncodedPicture(extension="jpg", data=data, width=width, height=height, caption=None)
                     found[path.parent.name][path.name] = photo
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(

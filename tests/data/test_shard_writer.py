@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from dalle1.data.shard_writer import PictureFile, write_shard
+from dalle1.data.shard_writer import EncodedPicture, write_shard
 from dalle1.data.shards import RawSample, ShardIndex
 
 PICTURES = [
-    PictureFile(extension="png", data=b"first", width=3, height=2, caption="a red dot", metadata={"scene": [1]}),
-    PictureFile(extension="jpg", data=b"second", width=5, height=4, caption="ein grüner Punkt"),
+    EncodedPicture(extension="png", data=b"first", width=3, height=2, caption="a red dot", metadata={"scene": [1]}),
+    EncodedPicture(extension="jpg", data=b"second", width=5, height=4, caption="ein grüner Punkt"),
 ]
 
 

@@ -70,16 +70,24 @@ def test_paper_decoder_stages_at_32_tokens(paper_dvae: DVAE) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"patch_size": 4}, {"patch_size": 1, "n_groups": 3}, {"patch_size": 2, "n_groups": 2}]
+    ("options", "downsampling"),
+    [
+        ({"patch_size": 4, "n_groups": 1}, 4),
+        ({"patch_size": 2, "n_groups": 2}, 4),
+        ({"patch_size": 1, "n_groups": 3}, 4),
+        ({"patch_size": 1, "n_groups": 4}, 8),
+        ({"patch_size": 1, "n_groups": 5}, 16),
+    ],
 )
 def test_encode_and_decode_keep_the_sides_of_a_picture_that_is_not_square(
-    make_dvae: MakeDVAE, options: dict[str, int]
+    make_dvae: MakeDVAE, options: dict[str, int], downsampling: int
 ) -> None:
     dvae = make_dvae(**options)
-    tokens = dvae.encode(torch.rand(2, 3, 12, 20))
+    sides = (3 * downsampling, 5 * downsampling)
+    tokens = dvae.encode(torch.rand(2, 3, *sides))
     assert tokens.shape == (2, 3, 5)
     assert tokens.dtype == torch.int64
-    assert dvae.decode(tokens).shape == (2, 3, 12, 20)
+    assert dvae.decode(tokens).shape == (2, 3, *sides)
 
 
 def test_encode_refuses_sides_that_the_downsampling_does_not_divide(make_dvae: MakeDVAE) -> None:

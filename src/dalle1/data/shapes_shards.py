@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dalle1.data.fields import require_int
 from dalle1.data.shapes import SceneMix, draw, make_sample
-from dalle1.data.shard_writer import PictureFile, write_shard
+from dalle1.data.shard_writer import EncodedPicture, write_shard
 
 SPLITS = ("train", "val", "test")
 MANIFEST = "recipe.json"
@@ -144,13 +144,13 @@ def _write_shard(recipe: ShapesRecipe, directory: Path, shard: tuple[str, str, r
     return write_shard(directory / name, drawn, first=samples.start)
 
 
-def _draw_sample(recipe: ShapesRecipe, split: str, index: int) -> PictureFile:
+def _draw_sample(recipe: ShapesRecipe, split: str, index: int) -> EncodedPicture:
     # Different for any two (seed, split).
     seed = recipe.seed * len(SPLITS) + SPLITS.index(split)
     sample = make_sample(seed, index, recipe.mix, held_out=split == "test")
     picture = io.BytesIO()
     Image.fromarray(draw(sample.scene, recipe.image_size)).save(picture, "png")
-    return PictureFile(
+    return EncodedPicture(
         extension="png",
         data=picture.getvalue(),
         width=recipe.image_size,

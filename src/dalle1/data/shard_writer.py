@@ -12,7 +12,7 @@ from webdataset import TarWriter
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureFile:
+class EncodedPicture:
     """An encoded picture and what is known about it."""
 
     extension: str  # of its format: jpg, png or webp
@@ -23,7 +23,7 @@ class PictureFile:
     metadata: dict[str, Any] = field(default_factory=dict)  # goes into the .json beside caption, key and size
 
 
-def write_shard(path: Path, pictures: Iterable[PictureFile], *, first: int = 0) -> int:
+def write_shard(path: Path, pictures: Iterable[EncodedPicture], *, first: int = 0) -> int:
     """Write one shard, whose keys count from `first`, and return its number of samples."""
     n_samples = 0
     # A fixed time stamp, or else no two runs would give the same file.

@@ -66,7 +66,7 @@ def start_codebook(
         generator: Randomness of the clustering, on the CPU.
     """
     check_feature_width(dvae)
-    features = torch.cat([dvae.features(part).flatten(0, 2).float() for part in image.split(_PICTURES_AT_ONCE)])
+    features = torch.cat([dvae.features(part).flatten(0, 2).float() for part in torch.split(image, _PICTURES_AT_ONCE)])
     if len(features) < dvae.config.vocab_size:
         raise ValueError(
             f"the codebook's start needs at least as many grid positions as codes, {dvae.config.vocab_size}, got "
