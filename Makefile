@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Pictures of the benchmark; data/README.md says how to make these.
+# The benchmark's pictures; data/README.md says how to make these. Others: make bench-dvae TRAIN='a-*.tar' VAL=b.tar
 TRAIN := data/photos/train-*.tar
 VAL := data/photos/val-*.tar
 
@@ -32,7 +32,7 @@ demo: $(STAMP)  ## the whole pipeline on the generated data, ending in pictures 
 test: $(STAMP) lint types  ## lint, types and tests
 	$(BIN)/pytest
 
-bench-dvae: $(STAMP)  ## our dVAE against DALLE-pytorch's: make bench-dvae TRAIN='train-*.tar' VAL='val-*.tar' (35 minutes)
+bench-dvae: $(STAMP)  ## our dVAE against DALLE-pytorch's, 35 minutes (BENCH='--minutes 5' for less)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6
 	$(BIN)/python benchmarks/dvae.py --train '$(TRAIN)' --val '$(VAL)' $(BENCH)
 
