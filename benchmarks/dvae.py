@@ -25,7 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import dalle1  # noqa: F401, I001 - before torch, so that threads of both sides wait as they do in training
+import dalle1  # noqa: F401 - before torch, so that threads of both sides wait as they do in training
+
+# isort: split
 import hydra
 import peer_dvae
 import torch

@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,22 +231,25 @@ def read_pictures(out: Path) -> list[dict[str, object]]:
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
     ],
 )
+@pytest.mark.parametrize("where", ["reconstruct", "squared_error"])
 def test_picture_that_does_not_fit_into_memory_is_told(
     make_dvae: Callable[..., DVAE],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    error: RuntimeError,
+    error: Exception,
+    where: str,
 ) -> None:
-    def fail(dvae: DVAE, image: torch.Tensor) -> object:
-        if image.shape[-1] > 8:
+    def fail(*arguments: Any) -> object:
+        if arguments[-1].shape[-1] > 8:
             raise error
-        return work(dvae, image)
+        return work(*arguments)
 
-    work = module.reconstruct
-    monkeypatch.setattr(module, "reconstruct", fail)
+    work = getattr(module, where)
+    monkeypatch.setattr(module, where, fail)
     files = find_pictures([str(save(tmp_path / "large.png", 16, 8)), str(save(tmp_path / "small.png", 8, 8))])
     results = reconstruct_files(files, make_dvae(), tmp_path / "out", device=CPU)
     assert len(results.pictures) == 1

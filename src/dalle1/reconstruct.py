@@ -120,13 +120,13 @@ def reconstruct_files(
         try:
             image = _read(file, side, background).to(device)
             seen, tokens = reconstruct(dvae, image)
-        except (OSError, ValueError, RuntimeError) as error:
+            tokens = tokens.cpu()
+            result = _measure(name, source, image, seen, tokens)
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
             failed[source] = _reason(error)
             tqdm.write(f"cannot reconstruct '{source}': {failed[source]}", file=sys.stderr)
             continue
-        tokens = tokens.cpu()
         counts += torch.bincount(tokens.flatten(), minlength=len(counts))
-        result = _measure(name, source, image, seen, tokens)
         _write(result, image, seen, tokens, out, dvae)
         pictures.append(result)
     if not pictures:
@@ -162,9 +162,10 @@ def _read(file: PictureFile, side: int | None, background: str) -> Float[Tensor,
 
 def _reason(error: Exception) -> str:
     """What is wrong with a picture, in one line. Raises: the error itself if it is a mistake of ours."""
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError | MemoryError):
         # How the allocators of GPUs and of the CPU begin.
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+        lacks_memory = any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+        if not lacks_memory and isinstance(error, RuntimeError):
             raise error
         return "it needs more memory than the device has; shrink it with side="
     if isinstance(error, OSError) and error.strerror:

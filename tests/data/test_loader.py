@@ -203,6 +203,11 @@ def test_iterating_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_validation_needs_a_sample_for_every_device() -> None:
+    with pytest.raises(ValueError, match=r"at least as many samples as devices \(12\), got 11"):
+        validation_loader(NumberedSamples(), batch_size=2, world_size=12)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_validation_shows_every_sample_once_over_all_ranks(world_size: int) -> None:
     seen = []

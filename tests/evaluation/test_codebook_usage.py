@@ -45,6 +45,9 @@ def test_no_tokens_are_refused() -> None:
         (8192, [1] * 8, False),  # few tokens can reach few codes
         (8192, [1000] * 300, True),
         (16, [5, 5], False),
+        (2, [501, 499], False),
+        (2, [1000], True),
+        (512, [1], False),  # one token can have only one code
         (16, [10], True),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from dalle1.evaluation import image_quality
 from dalle1.evaluation.image_quality import psnr_db, squared_error, ssim
 
 
@@ -55,6 +56,14 @@ def test_ssim_equals_an_independent_one(size: tuple[int, int]) -> None:
     ]
     # The tolerance is that of fp32 variances, which are differences of means near 1.
     torch.testing.assert_close(ssim(image, original), torch.tensor(expected, dtype=torch.float32), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("height", [22, 23, 47])
+def test_ssim_by_strips_is_that_of_the_whole(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, original = pair(2, 3, height, 16)
+    whole = ssim(image, original)
+    monkeypatch.setattr(image_quality, "_STRIP_VALUES", 1)
+    torch.testing.assert_close(ssim(image, original), whole)
 
 
 def test_ssim_of_equal_pictures_is_one_and_falls_with_noise() -> None:

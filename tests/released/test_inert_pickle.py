@@ -106,8 +106,14 @@ def test_name_that_is_not_known_is_refused_at_once(name: bytes, shown: str) -> N
 
 
 def test_text_that_is_no_name_is_refused() -> None:
-    with pytest.raises(RefusedError, match=r"it names '\[\]\.7'"):
+    with pytest.raises(RefusedError, match="must name classes by texts"):
         _load(b"\x80\x04]K\x07\x93.")
+
+
+def test_name_of_nested_tuples_is_refused_at_once() -> None:
+    # t = (t, t) forty times: as text a million million brackets.
+    with pytest.raises(RefusedError, match="must name classes by texts"):
+        _load(b"\x80\x04)" + b"q\x00h\x00\x86" * 40 + b"X\x01\x00\x00\x00a\x93.")
 
 
 def test_long_name_is_cut_in_the_message() -> None:

@@ -371,8 +371,37 @@ def test_modules_in_a_circle_are_refused(tmp_path: Path) -> None:
     outer = nn.Sequential(inner)
     inner._modules["0"] = outer
     torch.save(outer, tmp_path / "circle.pt")
-    with pytest.raises(ValueError, match=r"the modules at '0\.0\.0\..*' are no tree"):
+    with pytest.raises(ValueError, match=r"the modules at '0\.0\.' are no tree"):
         read_weights(tmp_path / "circle.pt")
+
+
+def test_modules_that_share_what_they_hold_are_refused(tmp_path: Path) -> None:
+    # A few bytes for each further use: a small file could stand for any number of weights.
+    shared = nn.ReLU()
+    torch.save(nn.Sequential(shared, shared), tmp_path / "shared.pt")
+    with pytest.raises(ValueError, match=r"the modules at '[01]\.' are no tree"):
+        read_weights(tmp_path / "shared.pt")
+
+
+def test_module_with_a_long_name_is_refused(tmp_path: Path) -> None:
+    torch.save(nn.Sequential(OrderedDict([("a" * 201, nn.ReLU())])), tmp_path / "long.pt")
+    with pytest.raises(ValueError, match="a name that is too long"):
+        read_weights(tmp_path / "long.pt")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(b")" + b"\x85" * 300_000, id="a tuple in a tuple ..."),
+        pytest.param(b")" + b"q\x00h\x00\x86" * 40, id="t = (t, t) forty times"),
+    ],
+)
+def test_storage_key_that_is_no_text_is_refused_before_it_is_hashed(tmp_path: Path, key: bytes) -> None:
+    path = _wrap(tmp_path / "evil.pkl", pickle.dumps({}, protocol=2), "legacy")
+    end = len(pickle.dumps([], protocol=2))
+    path.write_bytes(path.read_bytes()[:-end] + b"\x80\x02]" + key + b"a." + bytes(8))
+    with pytest.raises(ValueError, match="a storage without a name"):
+        read_weights(path)
 
 
 def test_big_endian_file_is_refused(tmp_path: Path, files: dict[str, bytes]) -> None:

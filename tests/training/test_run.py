@@ -286,6 +286,7 @@ def test_damaged_tokenizer_is_one_sentence(train: Train, trained: Path, tmp_path
     [
         ("trainer.accelerator=gpu", "trainer options must fit this machine"),
         ("trainer.precision=16-mixed", "trainer.precision must be .*bf16-mixed.*got 16-mixed"),
+        ("trainer.precision=bf16-true", "trainer.precision must be .*bf16-mixed.*got bf16-true"),
         ("trainer.precision=17", "Precision 17 is invalid"),
         ("optim.codebook_start_step=8", "codebook_start_step must be < max_steps = 8, got 8"),
         (

@@ -154,7 +154,13 @@ def validation_loader(
     """Batches with every sample once and in order; the last one may be smaller, none is dropped.
 
     Sample i goes to device i % `world_size`, so ranks may differ by one sample and thus by one batch.
+
+    Raises: ValueError if there is not a sample for every device.
     """
+    if len(dataset) < world_size:
+        raise ValueError(
+            f"validation needs at least as many samples as devices ({world_size}), got {len(dataset)}; give data.val more"
+        )
     mine = range(rank, len(dataset), world_size)
     return ValidationLoader(dataset, sampler=mine, batch_size=batch_size, **_options(num_workers, pin_memory))
 

@@ -66,13 +66,15 @@ def codebook_usage(counts: Int[Tensor, " vocab_size"]) -> CodebookUsage:
 def collapse_alarm(usage: CodebookUsage) -> str | None:
     """One sentence if the dVAE hardly uses its codebook: what must hold, what we got, what to change; else None.
 
-    It has collapsed if less than 5% of the reachable codes occur, or if perplexity is below 2."""
+    It has collapsed if less than 5% of the reachable codes occur, or if perplexity is below 2, or below 1 + 5% of the
+    reachable codes where these are fewer than 20."""
     needed = math.ceil(_COLLAPSED_SHARE * usage.n_reachable)
-    if usage.n_used >= needed and usage.perplexity >= _COLLAPSED_PERPLEXITY:
+    needed_perplexity = min(_COLLAPSED_PERPLEXITY, 1 + _COLLAPSED_SHARE * usage.n_reachable)
+    if usage.n_used >= needed and (usage.perplexity >= needed_perplexity or usage.n_reachable == 1):
         return None
     return (
         f"code usage has collapsed: at least {needed} codes must be in use and perplexity must be >= "
-        f"{_COLLAPSED_PERPLEXITY:g}, got {usage}; start the codes from features (optim.codebook_start_step > 0), lower "
+        f"{needed_perplexity:g}, got {usage}; start the codes from features (optim.codebook_start_step > 0), lower "
         "optim.lr, cool more slowly (a larger optim.temperature_steps), or change optim.kl_weight: lower it if "
         "kl_per_position is near 0 (codes say nothing), raise it if that is near its most, "
         f"ln {usage.vocab_size} = {math.log(usage.vocab_size):.1f} (each position is sure of one of few codes)"

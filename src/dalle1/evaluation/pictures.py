@@ -20,7 +20,7 @@ from dalle1.atomic_files import atomic
 _COLOR_STEPS = (0.8191725134, 0.6710436067, 0.5497004779)
 
 
-def to_pixels(image: Float[Tensor, "b 3 h w"]) -> np.ndarray:
+def to_uint8(image: Float[Tensor, "b 3 h w"]) -> np.ndarray:
     """Pictures in [0, 1] as uint8 (b, h, w, 3)."""
     pixels = (image.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
@@ -28,7 +28,7 @@ def to_pixels(image: Float[Tensor, "b 3 h w"]) -> np.ndarray:
 
 def to_pictures(image: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     """Pictures in [0, 1] as Pillow's."""
-    return [Image.fromarray(pixels) for pixels in to_pixels(image)]
+    return [Image.fromarray(pixels) for pixels in to_uint8(image)]
 
 
 def token_maps(image_tokens: Int[Tensor, "b gh gw"], *, pixels_per_token: int) -> list[Image.Image]:

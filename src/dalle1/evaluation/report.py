@@ -22,7 +22,7 @@ from dalle1.atomic_files import atomic, write_json
 from dalle1.cli import errors_in_one_line
 from dalle1.data.fields import require_int
 from dalle1.data.shards import ShardIndex
-from dalle1.evaluation.pictures import save_picture, to_pictures, to_pixels
+from dalle1.evaluation.pictures import save_picture, to_pictures, to_uint8
 from dalle1.evaluation.shapes_scorer import Score, score, summarize
 from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.pipeline import Pipeline, PromptResult, choose_device
@@ -156,7 +156,7 @@ def _read_summary(directory: Path) -> dict[str, Any]:
 
 def _score_candidates(result: PromptResult) -> list[Score]:
     """Score of each candidate, best-ranked first."""
-    return [score(picture, result.prompt) for picture in to_pixels(result.images)]
+    return [score(picture, result.prompt) for picture in to_uint8(result.images)]
 
 
 def _by_kind(scores: Sequence[Sequence[Score]]) -> dict[str, dict[str, float]]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Elements of one chunk's map over the codes. On a CPU 16 MB, which stay in the cache between the passes over them;
 # on a GPU 256 MB, enough that no kernel is small.
@@ -63,8 +64,9 @@ def most_likely_codes(
     features: Float[Tensor, "*positions c"], head_weight: Float[Tensor, "v c"], head_bias: Float[Tensor, " v"]
 ) -> Int[Tensor, "*positions"]:
     """The argmax of the logits, of which only one chunk exists at a time; no gradient."""
-    flat = features.detach().flatten(0, -2).float()
-    weight, bias = head_weight.detach().float().t(), head_bias.detach().float()
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    flat = features.detach().flatten(0, -2).to(dtype)
+    weight, bias = head_weight.detach().to(dtype).t(), head_bias.detach().to(dtype)
     with torch.autocast(features.device.type, enabled=False):
         chunks = [torch.addmm(bias, flat[rows], weight).argmax(-1) for rows in _chunks(flat, len(bias))]
     return torch.cat(chunks).view(features.shape[:-1])
@@ -113,6 +115,7 @@ class _RelaxedCodes(torch.autograd.Function):
         return vectors, kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         vectors_gradient, kl_gradient = gradients
         features, head_weight, codebook, *kept = ctx.saved_tensors

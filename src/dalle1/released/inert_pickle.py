@@ -150,7 +150,9 @@ class _Reader:
         self.stack[-1].update(pairs_to_dict(zip(items[::2], items[1::2], strict=True)))
 
     def _name(self, module: object, attribute: object) -> None:
-        name = Name(str(module), str(attribute))
+        if type(module) is not str or type(attribute) is not str:
+            raise RefusedError("must name classes by texts")
+        name = Name(module, attribute)
         if name not in self._known:
             raise RefusedError(f"must hold only weights and modules that are known, it names {str(name)[:100]!r}")
         self.stack.append(name)

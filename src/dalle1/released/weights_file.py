@@ -61,7 +61,8 @@ _TAR_MAGIC = b"ustar"  # from byte 257 on
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _MOST_AXES = 8
-_MOST_MODULES = 10_000  # the released files have about 100
+_LONGEST_NAME = 200  # characters of a module's dotted name; the released files have about 40
+_MOST_ENTRIES = 100_000  # weights and settings; the released files have about 2,000
 _DTYPES = {
     Name("torch", "FloatStorage"): torch.float32,
     Name("torch", "DoubleStorage"): torch.float64,
@@ -150,6 +151,8 @@ def _read_legacy(file: IO[bytes]) -> Weights:
         root = inert_pickle.load(pickles, known=_KNOWN, load_persistent=partial(_persistent, storages))
         starts = {}
         for key in plain():
+            if type(key) is not str:  # hashing a deeply nested key can end the process
+                raise ValueError("a storage without a name")
             (numel,) = struct.unpack("<q", content.read(8))
             if numel != storages[key].numel:
                 raise ValueError(f"{numel} numbers instead of {storages[key].numel}")
@@ -242,15 +245,26 @@ def _walk(root: Inert) -> tuple[dict[str, object], dict[str, Setting]]:
     tensors: dict[str, object] = {}
     settings: dict[str, Setting] = {}
     waiting: list[tuple[str, Any]] = [("", root)]
-    n_seen = 0
+    seen: set[int] = set()
     while waiting:
         prefix, module = waiting.pop()
-        n_seen += 1
-        if type(module) is not Inert or type(module.state) is not dict or n_seen > _MOST_MODULES:
+        # What is shared is refused, states too: a small file could stand for any number of modules.
+        ids = {id(module), id(getattr(module, "state", None))}
+        if type(module) is not Inert or type(module.state) is not dict or ids & seen or len(prefix) > _LONGEST_NAME:
             raise ValueError(f"the modules at {prefix[:30]!r} are no tree")
+        seen |= ids
         state = module.state
         entries = {**state["_parameters"], **state["_buffers"]}
-        tensors |= {f"{prefix}{name}": tensor for name, tensor in entries.items() if tensor is not None}
-        settings |= {f"{prefix}{name}": value for name, value in state.items() if isinstance(value, Setting)}
-        waiting += [(f"{prefix}{name}.", child) for name, child in state["_modules"].items() if child is not None]
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in _short(entries) if tensor is not None}
+        settings |= {f"{prefix}{name}": value for name, value in _short(state) if isinstance(value, Setting)}
+        if len(tensors) + len(settings) > _MOST_ENTRIES:
+            raise ValueError(f"more than {_MOST_ENTRIES} weights and settings")
+        waiting += [(f"{prefix}{name}.", child) for name, child in _short(state["_modules"]) if child is not None]
     return tensors, settings
+
+
+def _short(entries: dict[object, object]) -> list[tuple[object, object]]:
+    """The entries. Raises: ValueError for a long name, which a small file could use any number of times."""
+    if any(len(str(name)) > _LONGEST_NAME for name in entries):
+        raise ValueError("a name that is too long")
+    return list(entries.items())

@@ -87,7 +87,9 @@ class ValidationPictures(pl.Callback):
         assert loader is not None, "validation is running, so there is a loader"
         count = min(self.n_samples, len(loader.dataset))
         batch = collate([loader.dataset[i] for i in range(count)])
-        for name, picture in pl_module.draw_pictures(batch).items():
+        with trainer.precision_plugin.forward_context():  # as in validation
+            pictures = pl_module.draw_pictures(batch)
+        for name, picture in pictures.items():
             save_picture(picture, self.directory / f"{name}-step{trainer.global_step:07d}.png")
 
 

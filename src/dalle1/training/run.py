@@ -311,10 +311,11 @@ def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Tr
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     arguments = instantiate(cfg.trainer, _convert_="all")
-    if str(arguments.get("precision", "")).startswith("16"):
+    precision = str(arguments.get("precision", ""))
+    if precision.startswith("16") or precision == "bf16-true":
         raise ValueError(
-            f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {arguments['precision']}: fp16 needs a "
-            "loss scale, which clipping here does not know"
+            f"trainer.precision must be 32-true or bf16-mixed, got {precision}: fp16 needs a loss scale, which "
+            "clipping here does not know, and averages and logits need weights in fp32"
         )
     try:
         return pl.Trainer(
