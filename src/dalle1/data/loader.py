@@ -159,7 +159,7 @@ def validation_loader(
     """
     if len(dataset) < world_size:
         raise ValueError(
-            f"validation needs at least as many samples as devices ({world_size}), got {len(dataset)}; give data.val more"
+            f"validation needs at least as many samples as devices ({world_size}), got {len(dataset)}; add to data.val"
         )
     mine = range(rank, len(dataset), world_size)
     return ValidationLoader(dataset, sampler=mine, batch_size=batch_size, **_options(num_workers, pin_memory))
