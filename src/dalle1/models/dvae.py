@@ -105,7 +105,7 @@ class ResidualBlock(nn.Module):
         branch = x
         for conv in self.convs:
             branch = conv(F.relu(branch))
-        return self.shortcut(x) + self.gain * branch
+        return torch.add(self.shortcut(x), branch, alpha=self.gain)
 
 
 def _groups(
