@@ -10,5 +10,6 @@ if __name__ == "__main__":
         run,
         config_dir=Path(__file__).parent / "conf",
         config_name="train",
+        text_options=("data.background",),
         path_options=("name", "run_dir", "results_dir", "dvae", "text_tokenizer", "data.train", "data.val"),
     )

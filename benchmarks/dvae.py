@@ -11,6 +11,7 @@ Writes `dvae.json` (command, machine, date, rows, ratios) and a picture of recon
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import platform
 import resource
@@ -39,6 +40,7 @@ from dalle1.atomic_files import write_json
 from dalle1.checkpoint import load_dvae
 from dalle1.cli import errors_in_one_line
 from dalle1.data.datamodule import DataConfig, PairDataModule
+from dalle1.data.fields import require_int
 from dalle1.evaluation.codebook_usage import codebook_usage
 from dalle1.evaluation.image_quality import psnr_db, squared_error, ssim
 from dalle1.evaluation.pictures import save_picture, to_pictures
@@ -301,6 +303,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side (default: 7)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/dvae.json"), help="default: runs/bench/dvae.json")
     options = parser.parse_args()
+    require_int("--seeds", options.seeds, at_least=1)
+    require_int("--rounds", options.rounds, at_least=1)
+    if not 0 < options.minutes < math.inf:
+        raise ValueError(f"--minutes must be > 0, got {options.minutes}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)  # as training does; for both sides
     # Before anything takes time.
     pictures(options, 0)

@@ -106,7 +106,8 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
         (["stage=dvae", "optim.lr=fast"], ["lr", "fast"]),
         (["stage=dvae", "--lr=1"], ["without dashes"]),
         (["stage=dvae", "data.recipe=null", "data.train=none-*.tar", "data.val=none-*.tar"], ["none-*.tar"]),
-        (["stage=dvae", "experiment=emoji"], ["data.train"]),
+        (["stage=dvae", "experiment=emoji"], ["data.train must be given, as data.train=..."]),
+        (["stage=dvae", "data.background=#20a0fg"], ["must be a name", "got '#20a0fg'"]),
         (["stage=dvae", "optim.codebook_start_step=1", "model.n_init=8"], ["n_init", "8"]),
     ],
 )

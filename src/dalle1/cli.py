@@ -27,7 +27,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 _MULTIRUN_FLAGS = ("-m", "--multirun")
 _HYDRA_FLAGS = (
@@ -186,6 +186,8 @@ def describe(error: BaseException) -> str | None:
         return f"cannot read the option {error.override!r}; options are written key=value, and {_QUOTING_HINT}"
     if isinstance(error, CompactHydraException) and isinstance(error.__cause__, OmegaConfBaseException):
         return f"{_in_one_line(str(error))}: {_in_one_line(str(error.__cause__))}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} must be given, as {error.full_key}=..."
     if isinstance(error, _EXPECTED_ERRORS):
         return _in_one_line(str(error)) or type(error).__name__
     return None

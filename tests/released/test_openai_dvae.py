@@ -141,6 +141,11 @@ def _put(key: str, *shape: int, value: float = 0.0) -> Callable[[Tensors], objec
         ),
         ("decoder", _drop("blocks.input.b"), "the decoder's file must hold 'blocks.input.b' of shape .12,., which is"),
         ("decoder", _drop("blocks.output.conv.w"), "decoder's file must hold 'blocks.output.conv.w', which is missing"),
+        (
+            "encoder",
+            lambda tensors: [tensors.pop(key) for key in list(tensors) if ".group_" in key],
+            r"the encoder's file must hold 'blocks.group_1.block_1\.\.\.', which is missing",
+        ),
         ("encoder", Tensors.clear, "the encoder's file must hold 'blocks.input.w', which is missing among its 0"),
         (
             "encoder",

@@ -54,6 +54,14 @@ def test_started_logits_fall_with_the_squared_distance_to_each_code(make_dvae: C
     assert torch.equal(dvae.encode(image).flatten(), distance.argmin(dim=1))
 
 
+def test_features_that_are_not_finite_are_refused(make_dvae: Callable[..., DVAE]) -> None:
+    dvae = make_dvae()
+    assert dvae.encoder.stem.bias is not None
+    dvae.encoder.stem.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"needs finite features, got NaN or infinity; set a lower optim\.lr"):
+        start_codebook(dvae, torch.rand(20, 3, 12, 16), sharpness=1.0, generator=generator())
+
+
 def test_codebook_of_another_width_than_the_features_is_refused(make_dvae: Callable[..., DVAE]) -> None:
     with pytest.raises(ValueError, match=r"n_init = n_hid \* 2\^\(n_groups - 1\) = 8, got 4; set model.n_init=8"):
         start_codebook(make_dvae(n_init=4), torch.rand(20, 3, 12, 16), sharpness=1.0, generator=generator())

@@ -288,6 +288,8 @@ def test_damaged_tokenizer_is_one_sentence(train: Train, trained: Path, tmp_path
         ("trainer.precision=16-mixed", "trainer.precision must be .*bf16-mixed.*got 16-mixed"),
         ("trainer.precision=bf16-true", "trainer.precision must be .*bf16-mixed.*got bf16-true"),
         ("trainer.precision=17", "Precision 17 is invalid"),
+        ("trainer.val_check_interval=0", "val_check_interval must be >= 1 update, got 0"),
+        ("grid_size=7", r"image_size must be grid_size times the dVAE's downsampling, 7 \* \d+, got \d+"),
         ("optim.codebook_start_step=8", "codebook_start_step must be < max_steps = 8, got 8"),
         (
             "optim.codebook_start_pictures=1",

@@ -68,6 +68,9 @@ def read_config(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) ->
             f"{kinds['decoder']}; {ADVICE}, each as its own option"
         )
     blocks = {side: [match for key in tensors if (match := _BLOCK.match(key))] for side, tensors in files.items()}
+    for side, matches in blocks.items():
+        if not matches:
+            raise ValueError(f"the {side}'s file must hold 'blocks.group_1.block_1...', which is missing; {ADVICE}")
     # Counted, not the highest number, so that no key can ask for more than the file holds.
     sizes = {
         "vocab_size": {"encoder": outputs["encoder"][0], "decoder": inputs["decoder"][1]},

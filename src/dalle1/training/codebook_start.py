@@ -67,6 +67,8 @@ def start_codebook(
     """
     check_feature_width(dvae)
     features = torch.cat([dvae.features(part).flatten(0, 2).float() for part in torch.split(image, _PICTURES_AT_ONCE)])
+    if not torch.isfinite(features).all():
+        raise ValueError("the codebook's start needs finite features, got NaN or infinity; set a lower optim.lr")
     if len(features) < dvae.config.vocab_size:
         raise ValueError(
             f"the codebook's start needs at least as many grid positions as codes, {dvae.config.vocab_size}, got "

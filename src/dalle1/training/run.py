@@ -168,6 +168,11 @@ def load_text_tokenizer(path: Path) -> TextTokenizer:
 
 def _dvae_module(cfg: DictConfig) -> DVAEModule:
     model, optim = build(cfg, "model", DVAEConfig), build(cfg, "optim", DVAEOptimConfig)
+    if cfg.data.image_size != cfg.grid_size * model.downsampling:
+        raise ValueError(
+            f"image_size must be grid_size times the dVAE's downsampling, {cfg.grid_size} * {model.downsampling}, got "
+            f"{cfg.data.image_size}; set image_size=, grid_size= or the model's sizes"
+        )
     return DVAEModule(DVAE(model), optim, seed=cfg.seed)
 
 
@@ -317,6 +322,8 @@ def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Tr
             f"trainer.precision must be 32-true or bf16-mixed, got {precision}: fp16 needs a loss scale, which "
             "clipping here does not know, and averages and logits need weights in fp32"
         )
+    if arguments.get("val_check_interval") == 0:
+        raise ValueError("trainer.val_check_interval must be >= 1 update, got 0")
     try:
         return pl.Trainer(
             **arguments,
