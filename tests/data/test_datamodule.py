@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.data.datamodule import DataConfig, PairDataModule
+from dalle1.data.dataset import EncodedCaption
 from dalle1.data.shapes_shards import ShapesRecipe
 
 WriteShard = Callable[[str, list[tuple[str, bytes]]], str]
@@ -28,8 +29,8 @@ def config(write_shard: WriteShard, make_samples: MakeSamples) -> DataConfig:
     return DataConfig(train=train, val=[val], image_size=4, batch_size=2, num_workers=0)
 
 
-def encode_length(captions: list[str]) -> Tensor:
-    return torch.tensor([[len(caption)] for caption in captions])
+def encode_length(caption: str, draw: str | None) -> EncodedCaption:
+    return EncodedCaption(torch.tensor([len(caption), draw is not None]), is_cut=False)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,8 @@ def test_loaders_give_batches_of_their_shards(config: DataConfig) -> None:
     data.setup("fit")
     train, val = next(iter(data.train_dataloader())), list(data.val_dataloader())
     assert train["image"].shape == (2, 3, 4, 4)
-    assert train["text_tokens"].tolist() == [[len(caption)] for caption in train["caption"]]
+    assert train["text_tokens"].tolist() == [[len(caption), True] for caption in train["caption"]]
+    assert val[0]["text_tokens"].tolist() == [[9, False]] * 2, "captions vary in training alone"
     assert [batch["caption"] for batch in val] == [["number 20", "number 21"], ["number 22"]]
 
 
@@ -121,14 +123,14 @@ def test_bad_samples_of_all_splits_are_counted_once(damaged: DataConfig) -> None
     for _ in range(2):
         list(data.train_dataloader())
         list(data.val_dataloader())
-    assert data.count_bad_samples() == {"picture cannot be decoded": 1, "no picture": 1}
+    assert data.count_findings() == {"picture cannot be decoded": 1, "no picture": 1}
     assert data.n_samples_used == 8
 
 
 def test_bad_captions_are_counted(damaged: DataConfig) -> None:
     data = PairDataModule(replace(damaged, val="not-needed.tar"))
     assert len(list(data.train_captions())) == 5
-    assert data.count_bad_samples() == {"no caption": 1}
+    assert data.count_findings() == {"no caption": 1}
     assert data.n_samples_used == 6
 
 
@@ -144,7 +146,7 @@ def test_bad_samples_of_all_devices_are_joined(damaged: DataConfig, monkeypatch:
         data = PairDataModule(replace(damaged, val=damaged.train))
         data.trainer = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
         list(data.val_dataloader())
-        counts = data.count_bad_samples()
+        counts = data.count_findings()
     assert len(parts[1]) == 1, "the first device met one of the two"
     assert counts == {"picture cannot be decoded": 1, "no picture": 1}
 

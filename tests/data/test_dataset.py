@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dalle1.data.augmentation import augment
-from dalle1.data.dataset import PairDataset, collate
+from dalle1.data.dataset import CUT_CAPTION, EncodedCaption, PairDataset, collate
 from dalle1.data.shards import BadSampleError, ShardIndex
 from dalle1.data.transforms import crop_and_resize, decode_image
 
@@ -24,11 +23,16 @@ WriteShard = Callable[[str, list[tuple[str, bytes]]], str]
 MakeSamples = Callable[..., list[tuple[str, bytes]]]
 
 
-def encode_length(captions: list[str]) -> Tensor:
-    """Each caption as its length and a zero; those above 20 characters do not fit."""
-    if max(map(len, captions)) > 20:
-        raise ValueError(f"caption must have at most 20 characters, got {max(map(len, captions))}")
-    return torch.tensor([[len(caption), 0] for caption in captions])
+def encode_length(caption: str, draw: str | None) -> EncodedCaption:
+    """A caption as its length and a zero; above 20 characters it does not fit, above 10 it is cut."""
+    if len(caption) > 20:
+        raise ValueError(f"caption must have at most 20 characters, got {len(caption)}")
+    return EncodedCaption(torch.tensor([len(caption), 0]), is_cut=len(caption) > 10)
+
+
+def encode_draw(caption: str, draw: str | None) -> EncodedCaption:
+    """The seed of a caption's draw as its tokens."""
+    return EncodedCaption(torch.tensor([int(number) for number in (draw or "-1|-1|-1").split("|")]), is_cut=False)
 
 
 @pytest.fixture
@@ -128,21 +132,41 @@ def test_skip_logs_each_bad_sample_once(mixed: ShardIndex, caplog: pytest.LogCap
 
 def test_bad_samples_are_counted_by_kind_and_travel_with_the_batch(mixed: ShardIndex) -> None:
     dataset = PairDataset(mixed, image_size=4, encode_text=encode_length, on_bad_sample="skip")
-    assert collate([dataset[0]])["bad_samples"] == {}
+    assert collate([dataset[0]])["findings"] == {}
     for _ in range(2):
-        assert collate([dataset[3], dataset[4]])["bad_samples"] == {
+        assert collate([dataset[3], dataset[4]])["findings"] == {
             3: "no caption",
             4: "empty caption",
             5: "caption cannot be encoded",
         }
-    assert dataset[1]["bad_samples"].keys() == {1, 2, 3, 4, 5}
-    assert dataset.bad_samples == {
+    assert dataset[1]["findings"].keys() == {1, 2, 3, 4, 5}
+    assert dataset.findings == {
         1: "no picture",
         2: "picture cannot be decoded",
         3: "no caption",
         4: "empty caption",
         5: "caption cannot be encoded",
     }
+
+
+def test_cut_captions_are_findings_that_leave_the_sample_as_it_is(
+    write_shard: WriteShard, make_samples: MakeSamples
+) -> None:
+    members = [*make_samples(2), ("2.txt", b"above ten letters"), ("2.png", make_samples(1)[0][1])]
+    dataset = PairDataset(ShardIndex(write_shard("a.tar", members)), image_size=4, encode_text=encode_length)
+    batch = collate([dataset[i] for i in (2, 0, 2)])
+    assert batch["text_tokens"][:, 0].tolist() == [17, 8, 17]
+    assert batch["findings"] == dataset.findings == {2: CUT_CAPTION}
+
+
+def test_captions_vary_with_seed_epoch_and_number_if_asked_to(
+    write_shard: WriteShard, make_samples: MakeSamples
+) -> None:
+    index = ShardIndex(write_shard("a.tar", make_samples(3)))
+    varying = PairDataset(index, image_size=4, encode_text=encode_draw, vary_text=True, seed=5)
+    assert varying.sample(2, epoch=7)["text_tokens"].tolist() == [5, 7, 2]
+    fixed = PairDataset(index, image_size=4, encode_text=encode_draw, seed=5)
+    assert fixed.sample(2, epoch=7)["text_tokens"].tolist() == [-1, -1, -1]
 
 
 def test_skip_raises_if_all_samples_are_bad(write_shard: WriteShard) -> None:
@@ -234,4 +258,4 @@ def test_small_pictures_are_enlarged_or_refused(pictures: ShardIndex, augmentati
         refusing[2]
     assert refusing[1]["pixels"].shape == (3, 6, 6)
     skipping = PairDataset(pictures, image_size=6, small_pictures="refuse", on_bad_sample="skip")
-    assert skipping[2]["bad_samples"] == {2: "picture too small"}
+    assert skipping[2]["findings"] == {2: "picture too small"}

@@ -14,6 +14,8 @@ from PIL import Image
 from dalle1.data.dataset import PairDataset, Sample
 from dalle1.data.loader import ResumableLoader, validation_loader
 from dalle1.data.shards import ShardIndex
+from dalle1.tokenizers.caption_encoder import CaptionEncoder
+from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
 
 WriteShard = Callable[[str, list[tuple[str, bytes]]], str]
 MakeSamples = Callable[..., list[tuple[str, bytes]]]
@@ -23,14 +25,14 @@ class NumberedSamples(PairDataset):
     """Eleven samples without a shard: only their numbers matter."""
 
     def __init__(self) -> None:
-        self.bad_samples = {}
+        self.findings = {}
 
     def __len__(self) -> int:
         return 11
 
     def sample(self, i: int, epoch: int) -> Sample:
         pixels = torch.full((3, 1, 1), epoch, dtype=torch.uint8)
-        return Sample(pixels=pixels, caption="", key=str(i), index=i, bad_samples={})
+        return Sample(pixels=pixels, caption="", key=str(i), index=i, findings={})
 
 
 def resumable(*, batch_size: int = 2, seed: int = 0, rank: int = 0, world_size: int = 1) -> ResumableLoader:
@@ -126,6 +128,32 @@ def test_augmented_batches_and_resume_do_not_depend_on_workers(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+def test_captions_in_pieces_and_resume_do_not_depend_on_workers(
+    write_shard: WriteShard, make_samples: MakeSamples, num_workers: int
+) -> None:
+    index = ShardIndex(write_shard("a.tar", make_samples(7)))
+    config = TextTokenizerConfig(vocab_size=270, seq_len=12)
+    encode = CaptionEncoder(TextTokenizer.train(index.captions(), config), truncate=True, bpe_dropout=0.5)
+
+    def loader(num_workers: int) -> ResumableLoader:
+        dataset = PairDataset(index, image_size=4, encode_text=encode, vary_text=True)
+        return ResumableLoader(dataset, batch_size=2, seed=0, num_workers=num_workers)
+
+    whole = loader(0)
+    expected = [batch["text_tokens"] for _ in range(3) for batch in whole]
+    before = loader(num_workers)
+    batches = [batch["text_tokens"] for _, batch in zip(range(2), before, strict=False)]
+    after = loader(num_workers)
+    after.load_state_dict(before.state_dict())
+    before.close()
+    batches += [batch["text_tokens"] for _ in range(3) for batch in after]
+    after.close()
+    assert len(expected) == 9
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(batches, expected, strict=True))
+    assert len({tuple(row.tolist()) for batch in expected for row in batch}) > len(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_samples_that_workers_met_are_known_once_and_stay_known(
     write_shard: WriteShard, make_samples: MakeSamples, num_workers: int
 ) -> None:
@@ -137,18 +165,18 @@ def test_bad_samples_that_workers_met_are_known_once_and_stay_known(
 
     known = {4: "picture cannot be decoded", 5: "no picture"}
     trained = ResumableLoader(dataset(), batch_size=2, seed=0, num_workers=num_workers)
-    assert trained.dataset.bad_samples == {}
+    assert trained.dataset.findings == {}
     for _ in range(2):
         list(trained)
-        assert trained.dataset.bad_samples == known
+        assert trained.dataset.findings == known
     trained.close()
     resumed = ResumableLoader(dataset(), batch_size=2, seed=0)
     resumed.load_state_dict(trained.state_dict())
-    assert resumed.dataset.bad_samples == known
+    assert resumed.dataset.findings == known
 
     validated = validation_loader(dataset(), batch_size=2, num_workers=num_workers)
     assert [batch["index"].tolist() for batch in validated] == [[0, 1], [2, 3], [0, 0]]
-    assert validated.dataset.bad_samples == known
+    assert validated.dataset.findings == known
 
 
 def test_close_stops_the_workers_and_keeps_the_place(write_shard: WriteShard, make_samples: MakeSamples) -> None:
@@ -170,7 +198,7 @@ def test_state_is_the_same_on_all_ranks_and_of_plain_types() -> None:
         take(loader, 3)
         states.append(loader.state_dict())
     order = {"seed": 0, "n_samples": 11, "batch_size": 2, "world_size": 2}
-    assert states[0] == states[1] == {"n_batches": 3, **order, "bad_samples": {}}
+    assert states[0] == states[1] == {"n_batches": 3, **order, "findings": {}}
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
 from dalle1.data.augmentation import Augmentation
-from dalle1.data.dataset import OnBadSample, PairDataset, SmallPictures
+from dalle1.data.dataset import EncodeText, OnBadSample, PairDataset, SmallPictures
 from dalle1.data.fields import require_int
 from dalle1.data.loader import ResumableLoader, ValidationLoader, validation_loader
 from dalle1.data.shapes_shards import ShapesRecipe
@@ -30,7 +29,7 @@ class DataConfig:
     image_size: int  # side of the square pictures that models see, in pixels, >= 1
     batch_size: int  # samples per device, >= 1
     num_workers: int = 2  # processes per device that decode pictures; 0 decodes in the training process
-    seed: int = 0  # decides the order of the samples and their augmentation, >= 0
+    seed: int = 0  # decides the order of the samples, their augmentation and their captions' dropout, >= 0
     on_bad_sample: OnBadSample = "error"  # `skip` takes the next sample instead, and logs it
     # Keep decoded pictures in memory (per worker), whole ones with augmentation: for small sets with num_workers=0.
     cache_images: bool = False
@@ -74,12 +73,12 @@ class PairDataModule(pl.LightningDataModule):
     `use_distributed_sampler=False`.
     """
 
-    def __init__(self, config: DataConfig, encode_text: Callable[[list[str]], Tensor] | None = None) -> None:
+    def __init__(self, config: DataConfig, encode_text: EncodeText | None = None) -> None:
         """Read nothing yet.
 
         Args:
             config: What to read.
-            encode_text: n captions to int64 (n, text_seq_len); without it batches have no `text_tokens`.
+            encode_text: Encodes captions, with a seed in training; without it batches have no `text_tokens`.
         """
         super().__init__()
         self.config = config
@@ -156,8 +155,8 @@ class PairDataModule(pl.LightningDataModule):
         """
         return self._dataset("train").captions()
 
-    def count_bad_samples(self) -> Counter[str]:
-        """How many samples were skipped so far, by what is wrong with them; each counts once.
+    def count_findings(self) -> Counter[str]:
+        """How many samples were skipped, by what is wrong with them, or had their caption cut; each counts once.
 
         Those that any device met; after a resumed start, of the time before it only those that the first device met.
         All devices must call this together.
@@ -165,7 +164,7 @@ class PairDataModule(pl.LightningDataModule):
         met = {
             dataset.index.describe(i): kind
             for dataset in self._datasets.values()
-            for i, kind in dataset.bad_samples.items()
+            for i, kind in dataset.findings.items()
         }
         _, world_size = self._rank_and_world_size()
         if world_size > 1:
@@ -185,6 +184,7 @@ class PairDataModule(pl.LightningDataModule):
                 self.train_index if split == "train" else self.val_index,
                 image_size=self.config.image_size,
                 encode_text=self.encode_text,
+                vary_text=split == "train",
                 on_bad_sample=self.config.on_bad_sample,
                 cache_images=self.config.cache_images,
                 augmentation=self.config.augmentation if split == "train" else "none",

@@ -15,9 +15,9 @@ from dalle1.data.order import batch_indices, batches_per_epoch
 class ResumableLoader:
     """Training batches in an order that depends on the seed alone and continues exactly where it stopped.
 
-    All of its state is the number of batches handed out since the start of training, and the bad samples met in
+    All of its state is the number of batches handed out since the start of training, and the findings made in
     them. Both are counted here, in the main process, so batches that workers have prepared but nobody has seen are
-    simply prepared again. The number is the same on all ranks; the bad samples are this rank's. One pass over the
+    simply prepared again. The number is the same on all ranks; the findings are this rank's. One pass over the
     loader ends at the end of the epoch; the next pass continues from there. Do not iterate over it twice at the
     same time.
     """
@@ -38,7 +38,7 @@ class ResumableLoader:
         Args:
             dataset: The samples.
             batch_size: Samples per device and batch.
-            seed: Decides the order, >= 0; the augmentation has the seed of `dataset`.
+            seed: Decides the order, >= 0; augmentation and varied captions have the seed of `dataset`.
             rank: Number of this device, from 0.
             world_size: Number of devices.
             num_workers: Processes that decode; 0 decodes in this one.
@@ -76,9 +76,9 @@ class ResumableLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches handed out and the settings that it holds for; the bad samples met."""
-        bad_samples = dict(self.dataset.bad_samples)
-        return {"n_batches": self._sampler.n_batches, **self._sampler.order, "bad_samples": bad_samples}
+        """The number of batches handed out and the settings that it holds for; the data set's findings."""
+        findings = dict(self.dataset.findings)
+        return {"n_batches": self._sampler.n_batches, **self._sampler.order, "findings": findings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batches that `state` counts.
@@ -94,7 +94,7 @@ class ResumableLoader:
                 "restore them, or start a new run from the saved weights"
             )
         self._sampler.n_batches = state["n_batches"]
-        self.dataset.bad_samples.update(state["bad_samples"])
+        self.dataset.findings.update(state["findings"])
 
 
 class _SamplesByEpoch(Dataset[Sample]):
@@ -109,9 +109,9 @@ class _SamplesByEpoch(Dataset[Sample]):
 
 
 def _recorded(batches: Iterable[Batch], dataset: PairDataset) -> Iterator[Batch]:
-    """The batches; what workers found bad in making them is noted in this process's data set."""
+    """The batches; what workers found in making them is noted in this process's data set."""
     for batch in batches:
-        dataset.bad_samples.update(batch["bad_samples"])
+        dataset.findings.update(batch["findings"])
         yield batch
 
 
@@ -133,7 +133,7 @@ class _RestOfEpoch:
 
 
 class ValidationLoader(DataLoader[Sample]):
-    """Batches of a `PairDataset`, whose record of bad samples is kept complete."""
+    """Batches of a `PairDataset`, whose findings are kept complete."""
 
     dataset: PairDataset
 
