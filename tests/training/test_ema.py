@@ -19,10 +19,10 @@ def module_and_trainer(value: float) -> tuple[Any, Any]:
     return module, SimpleNamespace(global_step=0)
 
 
-def started(decay: float, value: float) -> tuple[EMA, Any, Any]:
+def started(decay: float, value: float, interval: int = 1) -> tuple[EMA, Any, Any]:
     """An average at the start of a training from `value`, with its module and trainer."""
     module, trainer = module_and_trainer(value)
-    ema = EMA(decay=decay)
+    ema = EMA(decay=decay, interval=interval)
     ema.on_fit_start(trainer, module)
     return ema, trainer, module
 
@@ -54,6 +54,47 @@ def test_average_follows_its_closed_form() -> None:
         expected = decay * expected + (1 - decay) * number
     ema.on_validation_start(trainer, module)
     assert module.model.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def average_of(ema: EMA, trainer: Any, module: Any) -> float:
+    checkpoint: dict[str, Any] = {"state_dict": {}}
+    ema.on_save_checkpoint(trainer, module, checkpoint)
+    return float(checkpoint["ema"]["weight"])
+
+
+def test_average_of_every_third_update_follows_its_closed_form() -> None:
+    ema, trainer, module = started(decay=0.9, value=1.0, interval=3)
+    expected = 1.0
+    for number in range(1, 200):
+        step(ema, trainer, module, float(number))
+        if number % 3 == 0:
+            decay = min(0.9, (1 + number // 3) / (10 + number // 3))  # the ramp counts copies
+            expected = decay * expected + (1 - decay) * number
+        assert average_of(ema, trainer, module) == pytest.approx(expected, rel=1e-5)
+
+
+def test_average_with_an_interval_resumes_between_two_copies() -> None:
+    whole, trainer, module = started(decay=0.9, value=1.0, interval=3)
+    for number in range(1, 5):
+        step(whole, trainer, module, float(number))
+    checkpoint: dict[str, Any] = {"state_dict": {}}
+    whole.on_save_checkpoint(trainer, module, checkpoint)
+    resumed = EMA(decay=0.9, interval=3)
+    resumed.on_load_checkpoint(trainer, module, checkpoint)
+    resumed.on_fit_start(trainer, module)
+    for number in range(5, 8):
+        step(whole, trainer, module, float(number))
+        resumed.on_train_batch_end(trainer, module, None, None, 0)
+    assert average_of(resumed, trainer, module) == average_of(whole, trainer, module)
+
+
+def test_weights_set_anew_enter_the_average_at_once_whatever_its_interval() -> None:
+    ema, trainer, module = started(decay=0.999, value=1.0, interval=25)
+    module.fresh_weights = {"weight"}
+    step(ema, trainer, module, 7.0)
+    assert average_of(ema, trainer, module) == 7
+    step(ema, trainer, module, 9.0)
+    assert average_of(ema, trainer, module) == 7, "not yet time for a copy"
 
 
 def test_batches_that_only_accumulate_do_not_move_it() -> None:

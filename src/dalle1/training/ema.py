@@ -14,13 +14,14 @@ from dalle1.checkpoint import EMA_KEY
 class EMA(pl.Callback):
     """Keeps an exponential moving average, in fp32, of the trained network's weights.
 
-    Swapped in during validation; saved in checkpoints under `ema`, where `checkpoint.load_*` prefers it. In the
-    first steps the decay is (1 + n) / (10 + n) if that is less, or else short runs would average in their start.
+    Swapped in during validation; saved in checkpoints under `ema`, where `checkpoint.load_*` prefers it. The decay of
+    the n-th copy is (1 + n) / (10 + n) if that is less, or else short runs would average in their start.
     """
 
-    def __init__(self, decay: float) -> None:
-        """Average with `decay` per optimizer step, in [0, 1); 0 keeps no average."""
+    def __init__(self, decay: float, interval: int = 1) -> None:
+        """Average the weights after every `interval` updates, >= 1, with `decay` in [0, 1); 0 keeps no average."""
         self.decay = decay
+        self.interval = interval
         self._average: dict[str, Tensor] = {}
         self._trained: dict[str, Tensor] = {}
         self._last_step = 0
@@ -36,16 +37,22 @@ class EMA(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the average after every optimizer step (not after a batch that only accumulates)."""
+        """Move the average after every `interval` updates (not after a batch that only accumulates)."""
         if not self._average or trainer.global_step == self._last_step:
             return
-        self._last_step = step = trainer.global_step
-        decay = min(self.decay, (1 + step) / (10 + step))
-        weights = {name: weight.detach().float() for name, weight in _weights(pl_module)}
+        self._last_step = trainer.global_step
         fresh: set[str] = pl_module.fresh_weights  # type: ignore[assignment]
+        copies, too_early = divmod(trainer.global_step, self.interval)
+        if too_early and not fresh:
+            return
+        weights = {name: weight.detach().float() for name, weight in _weights(pl_module)}
+        # At once: until the next copy, validation and checkpoints would have weights that are no more.
         for name in fresh:
             self._average[name].copy_(weights[name])
         fresh.clear()
+        if too_early:
+            return
+        decay = min(self.decay, (1 + copies) / (10 + copies))
         torch._foreach_lerp_(list(self._average.values()), list(weights.values()), 1 - decay)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
