@@ -12,7 +12,6 @@ from dalle1.losses import (
     logit_laplace_nll,
     masked_mean,
     negative_elbo,
-    token_nats,
 )
 
 
@@ -56,19 +55,6 @@ def test_negative_elbo_does_not_depend_on_the_batch_size() -> None:
     one = negative_elbo(nll, kl, kl_weight=3.0)
     four = negative_elbo(nll.expand(4, -1, -1, -1), kl.expand(4, -1, -1), kl_weight=3.0)
     torch.testing.assert_close(one, four)
-
-
-def test_token_nats_of_a_uniform_prediction_is_ln_v() -> None:
-    nats = token_nats(torch.zeros(2, 3, 16), torch.randint(16, (2, 3)))
-    torch.testing.assert_close(nats, torch.full((2, 3), math.log(16)))
-
-
-def test_token_nats_picks_the_target_of_each_position() -> None:
-    logits, targets = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
-    nats = token_nats(logits, targets)
-    for b in range(2):
-        for t in range(3):
-            assert nats[b, t].item() == pytest.approx(-logits[b, t].log_softmax(0)[targets[b, t]].item(), rel=1e-5)
 
 
 def test_masked_mean_counts_only_what_is_kept() -> None:

@@ -33,6 +33,7 @@ RECORD_KEY = "dalle1"
 EMA_KEY = "ema"
 SECONDS_KEY = "wall_seconds"
 OPTIONS_KEY = "options"  # how it was trained, so that a run does not continue as another one
+PLATEAU_KEY = "plateau"  # what a schedule that follows the loss has seen
 SHA256_KEY = "weights_sha256"
 # An exported checkpoint's files.
 CONFIG_NAME = "config.json"

@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -34,11 +34,6 @@ def negative_elbo(
     """
     values = nll[0].numel()
     return nll.mean() + kl_weight * kl.flatten(1).sum(1).mean() / values
-
-
-def token_nats(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
-    """Cross-entropy of each token in nats, fp32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def masked_mean(values: Float[Tensor, "b t"], keep: Bool[Tensor, "b t"]) -> Float[Tensor, ""]:

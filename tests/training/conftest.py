@@ -17,7 +17,7 @@ CONF = Path(__file__).parents[2] / "conf"
 TINY = {
     "common": [
         "image_size=16",
-        "grid_size=2",
+        "grid_size=4",
         "image_vocab_size=16",
         "text_vocab_size=300",
         "text_seq_len=64",
@@ -28,7 +28,7 @@ TINY = {
     ],
     "tokenizer": [],
     "dvae": [
-        *("model.patch_size=8", "model.n_hid=16", "model.n_init=16"),
+        *("model.patch_size=4", "model.n_hid=16", "model.n_init=16"),
         *("optim.max_steps=8", "optim.warmup_steps=1", "optim.batch_size=4"),
         *("optim.codebook_start_step=3", "optim.codebook_start_pictures=16", "optim.temperature_steps=6"),
     ],
@@ -37,7 +37,9 @@ TINY = {
         *("model.patch_size=8", "optim.max_steps=8", "optim.warmup_steps=1", "optim.batch_size=4"),
     ],
     "transformer": [
-        *("model.d_model=16", "model.n_layers=2", "model.n_heads=2"),
+        # Every pattern, on a grid on which they hide something.
+        *("model.d_model=16", "model.n_layers=3", "model.n_heads=2", "model.conv_kernel_size=3"),
+        "optim.bpe_dropout=0.1",
         *("optim.max_steps=8", "optim.warmup_steps=1", "optim.batch_size=4"),
     ],
 }

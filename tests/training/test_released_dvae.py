@@ -29,7 +29,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_transformer_is_trained_on_it_and_sampled(train: Train, trained: Path, tmp_path: Path, converted: Path) -> None:
     options = [f"dvae={converted}", f"text_tokenizer={trained}/tokenizer/tokenizer.json"]
-    assert train(tmp_path, "transformer", *options, "optim.max_steps=2")["step"] == 2
+    assert train(tmp_path, "transformer", *options, "grid_size=2", "optim.max_steps=2")["step"] == 2
     checkpoint = tmp_path / "transformer" / "checkpoints" / "last.ckpt"
     image_tokenizer = load_image_tokenizer(converted)
     assert load_transformer(checkpoint).dvae_sha256 == image_tokenizer.sha256

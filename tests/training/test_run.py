@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from dalle1.checkpoint import load_clip, load_dvae, load_transformer, read_checkpoint, weights_sha256
 from dalle1.data.shards import ShardIndex
@@ -52,7 +53,7 @@ def test_checkpoints_rebuild_their_models(trained: Path) -> None:
     assert clip.text_tokenizer is not None
     assert transformer.text_tokenizer is not None
     assert clip.text_tokenizer.sha256 == transformer.text_tokenizer.sha256
-    assert transformer.model.config.grid_width == 2
+    assert transformer.model.config.grid_width == 4
     # Sampling uses the averaged weights, which differ from the last ones.
     raw = {
         name.removeprefix("model."): tensor
@@ -98,6 +99,37 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(
     for mine, other in zip(resumed["optimizer_states"], whole["optimizer_states"], strict=True):
         for name, state in other["state"].items():
             assert torch.equal(mine["state"][name]["exp_avg_sq"], state["exp_avg_sq"])
+
+
+def test_resumed_run_with_scaled_resblocks_equals_uninterrupted_one(
+    train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in ("whole", "resumed"):
+        for earlier in ("tokenizer", "dvae"):
+            shutil.copytree(trained / earlier, tmp_path / run / earlier)
+    train(tmp_path / "whole", "transformer", "optim.resblock_gradient_scaling=true")
+    with monkeypatch.context() as patch:
+        patch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_end", stop_at_step(6))
+        with pytest.raises(SystemExit):
+            train(tmp_path / "resumed", "transformer", "optim.resblock_gradient_scaling=true")
+    train(tmp_path / "resumed", "transformer", "optim.resblock_gradient_scaling=true")
+    whole, resumed = (
+        read_checkpoint(last(tmp_path / run, "transformer"))["state_dict"] for run in ("whole", "resumed")
+    )
+    assert weights_sha256(resumed) == weights_sha256(whole)
+    # Two resblocks in each of three layers, grown eight times.
+    assert whole["scaling.scales"].tolist() == pytest.approx(6 * [2 ** (13 + 8 / 1000)])
+    logged = (tmp_path / "whole" / "transformer" / "logs" / "version_0" / "metrics.csv").read_text()
+    for name in ("resblock_scale_min", "resblock_scale_max", "skipped_updates"):
+        assert f"train/{name}" in logged
+    assert load_transformer(last(tmp_path / "whole", "transformer")).step == 8
+
+
+def test_scaled_resblocks_need_fp32_around_them(train: Train, trained: Path, tmp_path: Path) -> None:
+    for earlier in ("tokenizer", "dvae"):
+        shutil.copytree(trained / earlier, tmp_path / earlier)
+    with pytest.raises(ValueError, match=r"must be 32-true with optim.resblock_gradient_scaling.*got bf16-mixed"):
+        train(tmp_path, "transformer", "optim.resblock_gradient_scaling=true", "trainer.precision=bf16-mixed")
 
 
 def timeless(summary: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +238,7 @@ def test_skipped_samples_are_counted_in_the_summary(
     assert caplog.messages[-1] == "3 of 51 samples skipped: picture cannot be decoded (2), no picture (1)"
     summary = train(tmp_path, "tokenizer", *overrides)
     assert summary["bad_samples"] == 2
-    assert caplog.messages[-1] == "2 of 43 samples skipped: no caption (2)"
+    assert "2 of 43 samples skipped: no caption (2)" in caplog.messages
 
 
 def test_finished_stage_is_left_alone(train: Train, trained: Path) -> None:
@@ -292,8 +324,8 @@ def test_damaged_tokenizer_is_one_sentence(train: Train, trained: Path, tmp_path
         ("grid_size=7", r"image_size must be grid_size times the dVAE's downsampling, 7 \* \d+, got \d+"),
         ("optim.codebook_start_step=8", "codebook_start_step must be < max_steps = 8, got 8"),
         (
-            "optim.codebook_start_pictures=1",
-            "as many grid positions as codes, 16, got 4 of 1 pictures; raise optim.codebook_start_pictures",
+            "optim.codebook_start_pictures=1 model.vocab_size=17",
+            "as many grid positions as codes, 17, got 16 of 1 pictures; raise optim.codebook_start_pictures",
         ),
     ],
 )
@@ -301,12 +333,14 @@ def test_options_that_cannot_work_get_one_sentence(train: Train, tmp_path: Path,
     if override == "trainer.accelerator=gpu" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(Exception, match=message):
-        train(tmp_path, "dvae", override)
+        train(tmp_path, "dvae", *override.split())
 
 
 def test_tokenizer_of_another_size_is_refused(train: Train, trained: Path) -> None:
-    with pytest.raises(ValueError, match=r"vocab_size=300.*not .*vocab_size=400"):
+    with pytest.raises(ValueError, match=r"has vocab_size 300, not 400; delete it or choose another name="):
         train(trained, "tokenizer", "text_vocab_size=400")
+    with pytest.raises(ValueError, match=r"has pretokenizer gpt2, not paper; delete it"):
+        train(trained, "tokenizer", "model.pretokenizer=paper")
 
 
 @pytest.mark.parametrize(
@@ -340,8 +374,8 @@ def test_other_checkpoint_than_a_dvae_is_refused(train: Train, trained: Path, tm
     [
         ("image_vocab_size=17", "image_vocab_size must be 16, as its tokenizers and data have it, got 17"),
         ("text_seq_len=63", "text_seq_len must be 64, .*got 63; set model.text_seq_len=64"),
-        ("grid_size=3", "grid_height must be 2, .*got 3"),
-        ("image_size=20", "image_size must be a multiple of 8, the dVAE's downsampling, got 20"),
+        ("grid_size=3", "grid_height must be 4, .*got 3"),
+        ("image_size=18", "image_size must be a multiple of 4, the dVAE's downsampling, got 18"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(
@@ -360,7 +394,71 @@ def test_caption_too_long_is_an_error_or_cut_by_option(train: Train, tmp_path: P
     with pytest.raises(ValueError, match=r"caption must have at most 3 tokens, got .*data.on_bad_sample=skip"):
         train(tmp_path, "clip", short)
     assert not (tmp_path / "clip").exists()
-    assert train(tmp_path, "clip", short, "truncate_captions=true")["step"] == 8
+
+
+@pytest.mark.parametrize(("stage", "num_workers"), [("clip", 0), ("clip", 1), ("transformer", 0)])
+def test_cut_captions_are_counted_in_the_summary(
+    train: Train, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, stage: str, num_workers: int
+) -> None:
+    shutil.copytree(trained / "dvae", tmp_path / "dvae")
+    short = ["text_seq_len=3", "truncate_captions=true", f"data.num_workers={num_workers}"]
+    train(tmp_path, "tokenizer", *short)
+    # 20 steps of 4 are two epochs of the 40 samples; 8 are for validation.
+    summary = train(tmp_path, stage, *short, "optim.max_steps=20")
+    assert (summary["cut_captions"], summary["bad_samples"]) == (48, 0)
+    assert caplog.messages[-1] == "48 of 48 captions had too many tokens and were cut"
+
+
+def test_count_of_cut_captions_survives_a_resume(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ["text_seq_len=3", "truncate_captions=true"]
+    train(tmp_path, "tokenizer", *short)
+    monkeypatch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_end", stop_at_step(6))
+    with pytest.raises(SystemExit):
+        train(tmp_path, "clip", *short)
+    # The first 4 steps are in the checkpoint, 4 more follow: 32 of the 40 training samples.
+    monkeypatch.undo()
+    assert train(tmp_path, "clip", *short)["cut_captions"] == 32 + 8
+
+
+def test_tokenizer_file_of_the_library_trains_the_later_stages(train: Train, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "dvae", tmp_path / "dvae")
+    own = json.loads((trained / "tokenizer" / "tokenizer.json").read_text())["bpe"]
+    bpe = Tokenizer.from_str(own)
+    bpe.add_special_tokens(["<pad>"])
+    bpe.save(str(tmp_path / "other.json"))
+    options = [f"text_tokenizer={tmp_path / 'other.json'}", "text_vocab_size=301", "text_seq_len=50"]
+    train(tmp_path, "clip", *options)
+    train(tmp_path, "transformer", *options)
+    for tokenizer in (
+        load_clip(last(tmp_path, "clip")).text_tokenizer,
+        load_transformer(last(tmp_path, "transformer")).text_tokenizer,
+    ):
+        assert tokenizer is not None
+        assert (tokenizer.vocab_size, tokenizer.seq_len) == (301, 50)
+        assert len(tokenizer.ids("<pad>")) > 1
+    with pytest.raises(ValueError, match=r"text_vocab_size must be >= 301, .* got 300"):
+        train(tmp_path / "smaller", "clip", *options, "text_vocab_size=300")
+
+
+def test_bpe_dropout_trains_on_other_pieces(train: Train, trained: Path, tmp_path: Path) -> None:
+    for stage in ("tokenizer", "dvae"):
+        shutil.copytree(trained / stage, tmp_path / stage)
+    dropped = json.loads((trained / "transformer" / "summary.json").read_text())
+    whole = train(tmp_path, "transformer", "optim.bpe_dropout=0.0")
+    assert whole["text_nats_per_token"] != dropped["text_nats_per_token"]
+    with pytest.raises(ValueError, match=r"another optim.bpe_dropout \(0.0, not 0.1\)"):
+        train(tmp_path, "transformer")
+
+
+def test_tokenizer_stage_says_how_many_entries_the_captions_gave(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        summary = train(tmp_path, "tokenizer", "text_vocab_size=5000")
+    assert summary["captions"] == 40
+    assert 256 < summary["entries"] < 5000
+    expected = f"40 captions gave {summary['entries']} of 5,000 entries; the others stay unused"
+    assert caplog.messages[-1] == expected
 
 
 def test_memorises_one_batch(train: Train, tmp_path: Path) -> None:

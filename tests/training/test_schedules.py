@@ -75,6 +75,8 @@ def test_decay_can_end_before_training_does() -> None:
         ({"lr": 0.0}, "lr must be > 0, got 0.0"),
         ({"final_lr": 1.0}, r"final_lr must be in \[0, lr = 0.001\], got 1.0"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"ema_interval": 0}, "ema_interval must be >= 1, got 0"),
+        ({"ema_decay": 0.0, "ema_interval": 25}, "ema_interval must be 1 without an average.*got 25"),
         ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
     ],
 )

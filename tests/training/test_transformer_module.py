@@ -13,7 +13,12 @@ from dalle1.models.dvae import DVAE
 from dalle1.models.transformer import DalleTransformer
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
-from dalle1.training.transformer_module import TransformerModule, TransformerOptimConfig
+from dalle1.training.transformer_module import (
+    DEFAULT_COMPUTE,
+    ComputeConfig,
+    TransformerModule,
+    TransformerOptimConfig,
+)
 
 
 @pytest.fixture
@@ -26,7 +31,7 @@ def make_module(
 ) -> Callable[..., TransformerModule]:
     """A module whose logged values are in `logged`; keywords go to its optimizer configuration."""
 
-    def make(**options: object) -> TransformerModule:
+    def make(compute: ComputeConfig = DEFAULT_COMPUTE, **options: object) -> TransformerModule:
         transformer = make_transformer(
             text_vocab_size=text_tokenizer.vocab_size, text_seq_len=text_tokenizer.seq_len
         ).requires_grad_(True)
@@ -36,6 +41,7 @@ def make_module(
             seed=0,
             image_tokenizer=ImageTokenizer(make_dvae(), sha256="x"),
             text_tokenizer=text_tokenizer,
+            compute=compute,
         )
         monkeypatch.setattr(module, "log_means", lambda split, values, size: setattr(module, "logged", values))
         return module
@@ -98,6 +104,94 @@ def test_no_caption_is_dropped_by_default(
     assert module.training_step(batch_of(module, 2), 0) is None
 
 
-def test_caption_dropout_out_of_range_is_refused(optim_numbers: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"optim.caption_dropout must be in \[0, 1\), got 1"):
-        TransformerOptimConfig(**(optim_numbers | {"caption_dropout": 1.0}))
+@pytest.mark.parametrize("name", ["caption_dropout", "bpe_dropout"])
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_dropout_out_of_range_is_refused(optim_numbers: dict[str, Any], name: str, share: float) -> None:
+    with pytest.raises(ValueError, match=rf"optim.{name} must be in \[0, 1\), got {share}"):
+        TransformerOptimConfig(**(optim_numbers | {name: share}))
+
+
+def test_scaled_resblocks_are_not_compiled(make_module: Callable[..., TransformerModule]) -> None:
+    with pytest.raises(ValueError, match="true: every block has scales of its own"):
+        make_module(resblock_gradient_scaling=True, compute=ComputeConfig(compile=True))
+
+
+Step = Callable[[TransformerModule, dict[str, Tensor]], None]
+
+
+@pytest.fixture
+def make_update(monkeypatch: pytest.MonkeyPatch) -> Step:
+    """Gradients of one batch and what happens to them before the optimizer sees them."""
+    monkeypatch.setattr(TransformerModule, "log", lambda *_: None)
+    monkeypatch.setattr(TransformerModule, "global_step", 7)
+
+    def update(module: TransformerModule, batch: dict[str, Tensor]) -> None:
+        optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[index]
+        optimizer.zero_grad()
+        tokens = module.image_tokenizer.encode(batch["image"]).flatten(1).clone()
+        module._step("train", batch, tokens).backward()
+        module.configure_gradient_clipping(optimizer)
+        optimizer.step()
+
+    return update
+
+
+def test_scaled_resblocks_have_the_gradients_of_fp32(
+    make_module: Callable[..., TransformerModule], make_update: Step
+) -> None:
+    plain = make_module(grad_clip_norm=0.0)
+    scaled = make_module(grad_clip_norm=0.0, resblock_gradient_scaling=True)
+    batch = batch_of(plain, 4)
+    make_update(plain, batch)
+    make_update(scaled, batch)
+    expected = dict(plain.model.named_parameters())
+    for name, weight in scaled.model.named_parameters():
+        # fp16 rounds by 2^-11, in every layer again; the key's bias has no gradient but rounding.
+        difference, size = (weight.grad - expected[name].grad).norm(), expected[name].grad.norm()
+        assert difference < 0.01 * size, name
+
+
+def test_overflow_in_one_resblock_changes_neither_weights_nor_the_other_scales(
+    make_module: Callable[..., TransformerModule], make_update: Step
+) -> None:
+    module = make_module(resblock_gradient_scaling=True, weight_decay=0.1)
+    assert module.scaling is not None
+    assert len(module.scaling.scales) == 2 * len(module.model.blocks)
+    module.scaling.scales[3] = 2.0**40
+    weights = {name: weight.detach().clone() for name, weight in module.model.named_parameters()}
+    make_update(module, batch_of(module, 4))
+    assert all(torch.equal(weight, weights[name]) for name, weight in module.model.named_parameters())
+    scales = module.scaling.scales.tolist()
+    assert scales.pop(3) == 2.0**24
+    assert set(scales) == {2.0**13}
+    # Once the scale fits, updates are made again.
+    module.scaling.scales[3] = 2.0**13
+    make_update(module, batch_of(module, 4))
+    assert not torch.equal(module.model.image_head.weight, weights["image_head.weight"])
+
+
+def test_loss_that_is_not_finite_stops_a_scaled_run(
+    make_module: Callable[..., TransformerModule], make_update: Step
+) -> None:
+    module = make_module(resblock_gradient_scaling=True)
+    module.model.image_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="gradient must stay finite, got norm nan at step 7"):
+        make_update(module, batch_of(module, 2))
+
+
+def test_overflow_at_the_smallest_scale_stops_a_scaled_run(
+    make_module: Callable[..., TransformerModule], make_update: Step
+) -> None:
+    module = make_module(resblock_gradient_scaling=True)
+    module.model.image_head.weight.data.mul_(1e6)
+    assert module.scaling is not None
+    module.scaling.scales.fill_(2.0**7)
+    with pytest.raises(ValueError, match="gradient must stay finite"):
+        make_update(module, batch_of(module, 2))
+
+
+def test_without_scaling_blocks_have_no_scales(make_module: Callable[..., TransformerModule]) -> None:
+    module = make_module()
+    assert module.scaling is None
+    assert {block.attention_scale for block in module.model.blocks} == {None}
+    assert not [name for name in module.state_dict() if "scal" in name]

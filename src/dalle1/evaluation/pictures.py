@@ -77,7 +77,7 @@ def save_curves(metrics_csvs: Sequence[Path], path: Path) -> None:
     for position, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, position + 1)
         # Validation with points, because there may be only one.
-        for split, color, marker in (("train", "C0", ""), ("val", "C1", ".")):
+        for split, color, marker in (("train", "C0", ""), ("val", "C1", "."), ("perf", "C2", "")):
             points = curves.get(f"{split}/{name}")
             if points:
                 steps, values = zip(*points, strict=True)

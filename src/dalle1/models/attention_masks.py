@@ -1,17 +1,18 @@
-"""Which position may attend to which: the sparse patterns of Ramesh et al. 2021 (sec. 2.2, app. B.1, fig. 11).
+"""Which state may attend to which: the sparse patterns of Ramesh et al. 2021 (sec. 2.2, app. B.1, fig. 11).
 
 All (row, column) arithmetic of the transformer is here. A mask is a bool tensor, True where the query (first
 axis) may attend to the key (second axis). Image positions are raster indices; an offset is query - key >= 0.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from dalle1.models.options import AttentionPattern, ConvOffsets
+from dalle1.models.options import AttentionPattern, ConvOffsets, LayerPatterns
 
 
 def paper_layer_patterns(n_layers: int) -> tuple[AttentionPattern, ...]:
@@ -23,6 +24,27 @@ def paper_layer_patterns(n_layers: int) -> tuple[AttentionPattern, ...]:
         raise ValueError(f"n_layers must be >= 1, got {n_layers}")
     body: list[AttentionPattern] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, n_layers)]
     return (*body, "conv")
+
+
+def layer_patterns(
+    attention: LayerPatterns | tuple[AttentionPattern, ...], n_layers: int
+) -> tuple[AttentionPattern, ...]:
+    """The pattern of each layer, first to last: by the name of a rule, or as they are.
+
+    Raises: ValueError if `attention` is neither or has another length; `image_offsets` checks the patterns themselves.
+    """
+    if attention == "paper":
+        return paper_layer_patterns(n_layers)
+    full: AttentionPattern = "full"
+    if attention == "full":
+        return (full,) * n_layers
+    if not isinstance(attention, tuple):
+        raise ValueError(f"attention must be paper, full or a list of patterns, got {attention!r}")
+    if len(attention) != n_layers:
+        raise ValueError(
+            f"attention must name a pattern for each of n_layers = {n_layers} layers, got {len(attention)} of them"
+        )
+    return attention
 
 
 def image_offsets(
@@ -60,6 +82,64 @@ def image_offsets(
     else:
         found = {row * grid_width + column for row, column in steps}
     return tuple(sorted(offset for offset in found if 0 <= offset < length))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamLayout:
+    """A stream of states: first those of the text, then those of the image in raster order.
+
+    Image state i stands at position i of the grid; the last position may have none."""
+
+    text_states: int
+    image_states: int  # grid_height * grid_width, or one less
+    grid_height: int
+    grid_width: int
+    conv_kernel_size: int
+    conv_offsets: ConvOffsets
+
+    @property
+    def n_states(self) -> int:
+        """All states."""
+        return self.text_states + self.image_states
+
+    def offsets(self, pattern: AttentionPattern) -> tuple[int, ...]:
+        """See `image_offsets`."""
+        return image_offsets(
+            pattern,
+            self.grid_height,
+            self.grid_width,
+            conv_kernel_size=self.conv_kernel_size,
+            conv_offsets=self.conv_offsets,
+        )
+
+    def image_mask(self, pattern: AttentionPattern) -> Bool[Tensor, "m m"]:
+        """Mask among the image states."""
+        return image_mask(self.offsets(pattern), self.image_states)
+
+    def mask(self, pattern: AttentionPattern) -> Bool[Tensor, "s s"]:
+        """Mask among all states."""
+        return stream_mask(self.image_mask(pattern), self.text_states)
+
+    def image_order(self, *, column_major: bool) -> list[int]:
+        """The image states, raster or column by column. The last position of the grid is the last in both."""
+        height, width = self.grid_height, self.grid_width
+        order = [row * width + column for column in range(width) for row in range(height)]
+        return order[: self.image_states] if column_major else list(range(self.image_states))
+
+    def order(self, *, column_major: bool) -> list[int]:
+        """All states: the text, then `image_order`."""
+        image = self.image_order(column_major=column_major)
+        return [*range(self.text_states), *(self.text_states + state for state in image)]
+
+    def count_pairs(self, pattern: AttentionPattern) -> int:
+        """Number of (query, key) pairs that the mask allows: what exact attention has to compute."""
+        text, image = self.text_states, self.image_states
+        among_image = sum(image - offset for offset in self.offsets(pattern) if offset < image)
+        return text * (text + 1) // 2 + text * image + among_image
+
+    def hides_nothing(self, pattern: AttentionPattern) -> bool:
+        """Whether the mask is plain causal attention."""
+        return self.count_pairs(pattern) == self.n_states * (self.n_states + 1) // 2
 
 
 def image_mask(offsets: Sequence[int], length: int) -> Bool[Tensor, "length length"]:

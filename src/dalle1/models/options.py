@@ -6,6 +6,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 AttentionPattern = Literal["row", "column", "conv", "full"]
 ConvOffsets = Literal["wrapped", "raster"]
 LayerPatterns = Literal["paper", "full"]
+AttentionBackend = Literal["auto", "dense", "local", "flex"]
+StreamStart = Literal["one", "two"]
+Padding = Literal["per_position", "shared"]
+Activation = Literal["quick_gelu", "gelu"]
+Pretokenizer = Literal["paper", "gpt2"]
 
 
 def check_field_types(config: Any) -> None:

@@ -11,12 +11,12 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -32,19 +32,23 @@ from tqdm import tqdm
 from dalle1.atomic_files import write_json
 from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, load_image_tokenizer, read_checkpoint
 from dalle1.data.datamodule import DataConfig, PairDataModule
+from dalle1.data.dataset import CUT_CAPTION
 from dalle1.evaluation.pictures import save_curves
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
+from dalle1.tokenizers.caption_encoder import CaptionEncoder
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
+from dalle1.tokenizers.text_file import load_text_tokenizer
+from dalle1.training.allocator import keep_freed_memory
 from dalle1.training.callbacks import AtomicCheckpointIO
 from dalle1.training.clip_module import CLIPModule
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
 from dalle1.training.stage_module import StageModule
-from dalle1.training.transformer_module import TransformerModule, TransformerOptimConfig
+from dalle1.training.transformer_module import ComputeConfig, TransformerModule, TransformerOptimConfig
 
 logger = logging.getLogger(__name__)
 
@@ -137,33 +141,36 @@ def _train_tokenizer(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> di
     path = run_dir / TOKENIZER
     counted: dict[str, int] = {}  # nothing if an earlier start read the captions
     if path.exists():
-        tokenizer = load_text_tokenizer(path)
-        if tokenizer.config != config:
-            raise ValueError(
-                f"'{path}' was trained as {tokenizer.config}, not {config}; delete it or choose another name="
-            )
+        tokenizer = load_text_tokenizer(path, vocab_size=config.vocab_size, seq_len=config.seq_len)
+        was = {name: getattr(tokenizer, name) for name in asdict(config)}
+        changed = [f"{name} {was[name]}, not {now}" for name, now in asdict(config).items() if was[name] != now]
+        if changed:
+            raise ValueError(f"'{path}' has {'; '.join(changed)}; delete it or choose another name=")
         if (run_dir / SUMMARY).exists():
             return None
     else:
         data.prepare_data()
-        captions = tqdm(data.train_captions(), desc="reading captions", unit="caption", disable=None)
-        tokenizer = TextTokenizer.train(captions, config)
+        tokenizer = TextTokenizer.train(_with_progress(data.train_captions(), len(data.train_index)), config)
         write_json(path, tokenizer.to_dict())
-        counted["bad_samples"] = _report_bad_samples(data)
+        bad_samples = _report_findings(data)["bad_samples"]
+        counted = {"captions": len(data.train_index) - bad_samples, "bad_samples": bad_samples}
+        logger.info(
+            "%s captions gave %s of %s entries%s",
+            *(f"{number:,}" for number in (counted["captions"], tokenizer.n_entries, config.vocab_size)),
+            "; the others stay unused" if tokenizer.n_entries < config.vocab_size else "",
+        )
     return {"entries": tokenizer.n_entries, "sha256": tokenizer.sha256, **counted}
 
 
-def load_text_tokenizer(path: Path) -> TextTokenizer:
-    """The tokenizer that stage=tokenizer wrote.
+def _with_progress(captions: Iterator[str], total: int) -> Iterator[str]:
+    # Where output is no terminal, a line every half minute.
+    every = 0.5 if sys.stderr.isatty() else 30.0
+    bar = tqdm(captions, "reading captions", total, unit=" captions", unit_scale=True, mininterval=every, delay=every)
+    yield from bar
 
-    Raises: FileNotFoundError if there is none; ValueError if the file is something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no text tokenizer at '{path}'; run 'python train.py stage=tokenizer' first")
-    try:
-        return TextTokenizer.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except Exception as error:  # the tokenizers library raises plain Exceptions for a damaged BPE
-        raise ValueError(f"'{path}' is not a text tokenizer of stage=tokenizer ({error}); delete it") from error
+
+def _text_tokenizer(cfg: DictConfig) -> TextTokenizer:
+    return load_text_tokenizer(Path(cfg.text_tokenizer), vocab_size=cfg.text_vocab_size, seq_len=cfg.text_seq_len)
 
 
 def _dvae_module(cfg: DictConfig) -> DVAEModule:
@@ -178,14 +185,15 @@ def _dvae_module(cfg: DictConfig) -> DVAEModule:
 
 def _clip_module(cfg: DictConfig) -> CLIPModule:
     model, optim = build(cfg, "model", CLIPConfig), build(cfg, "optim", OptimConfig)
-    tokenizer = load_text_tokenizer(Path(cfg.text_tokenizer))
+    tokenizer = _text_tokenizer(cfg)
     check_sizes("CLIP", model, text_vocab_size=tokenizer.vocab_size, text_seq_len=tokenizer.seq_len)
     return CLIPModule(CLIP(model), optim, seed=cfg.seed, text_tokenizer=tokenizer)
 
 
 def _transformer_module(cfg: DictConfig) -> TransformerModule:
     model, optim = build(cfg, "model", TransformerConfig), build(cfg, "optim", TransformerOptimConfig)
-    text_tokenizer = load_text_tokenizer(Path(cfg.text_tokenizer))
+    compute = build(cfg, "compute", ComputeConfig)
+    text_tokenizer = _text_tokenizer(cfg)
     image_tokenizer = _load_dvae(Path(cfg.dvae))
     grid = image_tokenizer.grid_size(cfg.data.image_size)
     check_sizes(
@@ -198,7 +206,12 @@ def _transformer_module(cfg: DictConfig) -> TransformerModule:
         grid_width=grid,
     )
     return TransformerModule(
-        DalleTransformer(model), optim, seed=cfg.seed, image_tokenizer=image_tokenizer, text_tokenizer=text_tokenizer
+        DalleTransformer(model),
+        optim,
+        seed=cfg.seed,
+        image_tokenizer=image_tokenizer,
+        text_tokenizer=text_tokenizer,
+        compute=compute,
     )
 
 
@@ -231,7 +244,8 @@ def _load_dvae(path: Path) -> ImageTokenizer:
 def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, run_dir: Path) -> dict[str, Any] | None:
     """Train to the last step and return the validation metrics; None if an earlier run did."""
     if module.text_tokenizer is not None:
-        data.encode_text = partial(module.text_tokenizer.encode, truncate=cfg.truncate_captions)
+        dropout = module.optim.bpe_dropout if isinstance(module, TransformerModule) else 0.0
+        data.encode_text = CaptionEncoder(module.text_tokenizer, truncate=cfg.truncate_captions, bpe_dropout=dropout)
     optim = asdict(module.optim)
     module.options = {"optim": {name: value for name, value in optim.items() if name not in _MAY_CHANGE}}
     module.options["data"] = {name: getattr(data.config, name) for name in _SAME_DATA}
@@ -247,6 +261,8 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     data.prepare_data()
     data.setup("fit")
     trainer = _build_trainer(cfg, module, run_dir)
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
@@ -263,7 +279,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         save_curves(starts, run_dir / "curves.png")
     summary = {
         "step": trainer.global_step,
-        "bad_samples": _report_bad_samples(data),
+        **_report_findings(data),
         **{name.replace("val/", ""): value for name, value in metrics.items()},
     }
     return summary | ({"alarm": module.alarm} if module.alarm else {})
@@ -280,14 +296,19 @@ def _ctrl_c_stays_itself() -> Iterator[None]:
         raise
 
 
-def _report_bad_samples(data: PairDataModule) -> int:
-    """Say in one line how many samples were skipped and why, and return their number."""
-    kinds = data.count_bad_samples()
+def _report_findings(data: PairDataModule) -> dict[str, int]:
+    """Say in a line each how many captions were cut, and how many samples skipped and why; return both numbers."""
+    kinds = data.count_findings()
+    n_cut = kinds.pop(CUT_CAPTION, 0)
+    if n_cut:
+        cut = f"{n_cut:,} of {data.n_samples_used:,} captions had too many tokens and were cut"
+        rank_zero_only(logger.warning)(cut)
     if kinds:
         reasons = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())
         skipped = f"{kinds.total():,} of {data.n_samples_used:,} samples skipped: {reasons}"
         rank_zero_only(logger.warning)(skipped)
-    return kinds.total()
+    found = {"bad_samples": kinds.total()}
+    return found if data.encode_text is None else found | {"cut_captions": n_cut}
 
 
 def _check_same_run(checkpoint: Path, module: StageModule) -> int:
@@ -307,6 +328,21 @@ def _check_same_run(checkpoint: Path, module: StageModule) -> int:
     return int(content["global_step"])
 
 
+def check_precision(precision: str, optim: OptimConfig) -> None:
+    """Raise ValueError unless networks can be trained with `trainer.precision`."""
+    if precision.startswith("16") or precision == "bf16-true":
+        raise ValueError(
+            f"trainer.precision must be 32-true or bf16-mixed, got {precision}: fp16 needs a loss scale, which "
+            "clipping here does not know, and averages and logits need weights in fp32"
+        )
+    has_scales = isinstance(optim, TransformerOptimConfig) and optim.resblock_gradient_scaling
+    if has_scales and precision not in ("", "32", "32-true"):
+        raise ValueError(
+            "trainer.precision must be 32-true with optim.resblock_gradient_scaling, which brings its own fp16, "
+            f"got {precision}"
+        )
+
+
 def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Trainer:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Decoding in the training process is a choice of the configuration, not an oversight.
@@ -316,12 +352,7 @@ def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Tr
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     arguments = instantiate(cfg.trainer, _convert_="all")
-    precision = str(arguments.get("precision", ""))
-    if precision.startswith("16") or precision == "bf16-true":
-        raise ValueError(
-            f"trainer.precision must be 32-true or bf16-mixed, got {precision}: fp16 needs a loss scale, which "
-            "clipping here does not know, and averages and logits need weights in fp32"
-        )
+    check_precision(str(arguments.get("precision", "")), module.optim)
     if arguments.get("val_check_interval") == 0:
         raise ValueError("trainer.val_check_interval must be >= 1 update, got 0")
     try:

@@ -12,20 +12,22 @@ from PIL import Image
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, SECONDS_KEY, make_record
+from dalle1.checkpoint import OPTIONS_KEY, PLATEAU_KEY, RECORD_KEY, SECONDS_KEY, make_record
 from dalle1.data.dataset import Batch
 from dalle1.models.clip import CLIP
 from dalle1.models.dvae import DVAE
 from dalle1.models.transformer import DalleTransformer
 from dalle1.tokenizers.text import TextTokenizer
-from dalle1.training.optim import OptimConfig, build_optimizer
+from dalle1.training.optim import OptimConfig, build_optimizer, clip_variance
+from dalle1.training.plateau import PlateauHalving
 
 
-def step_seed(seed: int, rank: int, step: int, *batch: int) -> int:
+def step_seed(seed: int, rank: int, step: int, *batch: int, part: int = 0) -> int:
     """Seed of one update on one rank, in [0, 2^32): PyTorch's CPU generator uses no more than 32 bits.
 
-    With the number of a validation `batch`, its seed after that update."""
-    text = "|".join(str(number) for number in (seed, rank, step, *batch))
+    With the number of a validation `batch`, its seed after that update; `part` counts the batches whose gradients one
+    update accumulates."""
+    text = "|".join(str(number) for number in (seed, rank, step, *batch)) + (f"|part{part}" if part else "")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
@@ -59,9 +61,13 @@ class StageModule(pl.LightningModule):
         self.text_tokenizer = text_tokenizer
         # What else a run that continues this one must have in common with it; see `training.run`.
         self.options: dict[str, Any] = {}
+        # Operations of one update and tokens, per sample; stages that leave 0 have no `perf/` metrics.
+        self.flops_per_sample = self.tokens_per_sample = 0
         self.alarm: str | None = None  # what the last validation found wrong, in one sentence; goes into the summary
+        self.part = 0  # batches of the coming update that have given their gradients
         # Weights that this update set anew, by their names in `model`: their average starts over.
         self.fresh_weights: set[str] = set()
+        self._plateau = PlateauHalving(optim, self._mean_over_ranks) if optim.lr_schedule == "plateau" else None
         self.earlier_seconds = 0.0  # what earlier starts of this run took, up to the checkpoint that it continues from
         self._started = time.monotonic()
         self.record = make_record(
@@ -71,11 +77,45 @@ class StageModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and a learning rate that changes every update."""
         optimizer = build_optimizer(self.model, self.optim)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.lr_factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _lr_factor(self, step: int) -> float:
+        return self.optim.lr_factor(step) * (self._plateau.share if self._plateau else 1.0)
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        mean = self.trainer.strategy.reduce(value, reduce_op="mean")
+        assert isinstance(mean, Tensor), "one tensor in, one tensor out"
+        return mean
+
+    def on_after_backward(self) -> None:
+        """Count the batches of an update."""
+        self.part += 1
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Show the loss to the schedule; parts of an accumulated update sum to its mean loss."""
+        if self._plateau:
+            self._plateau.add(loss)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Set the rate of the next update."""
+        if self._plateau:
+            self._plateau.end_update()
+        scheduler.step()
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Update, and free the gradients: the next forward pass, where memory peaks, needs no old ones."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.part = 0
+        optimizer.zero_grad(set_to_none=True)
+
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clip the norm of the whole gradient as the optimizer config says, and log it."""
+        """Clip the norm of the whole gradient, and the variance, as the optimizer config says; log norm and rate."""
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        if not self.unscale_gradients():
+            # Without gradients the optimizer changes neither weights nor moments. The step counts all the same.
+            optimizer.zero_grad(set_to_none=True)
+            return
         limit = self.optim.grad_clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.log("train/grad_norm", norm)
@@ -85,27 +125,43 @@ class StageModule(pl.LightningModule):
                 f"the gradient must stay finite, got norm {float(norm)} at step {self.global_step}; "
                 "set a lower optim.lr, then start again to continue from the last checkpoint"
             )
+        if self.optim.variance_clip:
+            clip_variance(optimizer, self.optim.variance_clip)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The type that most matrix products of training have their factors in."""
+        return torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else torch.float32
+
+    def unscale_gradients(self) -> bool:
+        """Bring complete gradients to their true size; False if this update must be skipped."""
+        return True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the record that rebuilds the network, the run's options and how long it took so far."""
+        """Add the record that rebuilds the network, the run's options, how long it took and what its schedule knows."""
         checkpoint[RECORD_KEY] = self.record
         checkpoint[OPTIONS_KEY] = self.options
         checkpoint[SECONDS_KEY] = self.earlier_seconds + time.monotonic() - self._started
+        if self._plateau:
+            checkpoint[PLATEAU_KEY] = self._plateau.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Count on from the time of earlier starts."""
+        """Go on from what earlier starts counted."""
         self.earlier_seconds = checkpoint[SECONDS_KEY]
+        if self._plateau:
+            self._plateau.load_state_dict(checkpoint[PLATEAU_KEY])
 
     def draw_pictures(self, batch: Batch) -> dict[str, Image.Image]:
         """Pictures, by their names, of what the network does with validation samples; drawn after each validation."""
         return {}
 
     def step_generator(self, *batch: int) -> torch.Generator:
-        """Randomness of this update on this rank: a function of the seed and the step, so resuming needs no state.
+        """Randomness of a batch of this update on this rank: a function of its place, so resuming needs no state.
 
         With the number of a validation `batch`, that of this batch."""
         generator = torch.Generator(self.device)
-        generator.manual_seed(step_seed(self.seed, self.global_rank, self.global_step, *batch))
+        part = 0 if batch else self.part
+        generator.manual_seed(step_seed(self.seed, self.global_rank, self.global_step, *batch, part=part))
         return generator
 
     def log_means(self, split: str, values: dict[str, Tensor | float], batch_size: int) -> None:

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from dalle1.data.dataset import Batch
 from dalle1.evaluation.pictures import to_pictures
-from dalle1.losses import masked_mean, token_nats
+from dalle1.losses import masked_mean
+from dalle1.models.accounting import count_flops
+from dalle1.models.options import AttentionBackend, check_field_types
+from dalle1.models.resblock_scaling import ResblockScaling
 from dalle1.models.transformer import DalleTransformer
 from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.sampling.generate import generate
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
 from dalle1.training.optim import OptimConfig
-from dalle1.training.stage_module import StageModule
+from dalle1.training.stage_module import StageModule, step_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +34,17 @@ class TransformerOptimConfig(OptimConfig):
     # Share of captions that are left out, in [0, 1): the model then also learns pictures without a caption, which
     # classifier-free guidance needs (Ho and Salimans 2022). 0 is the paper.
     caption_dropout: float = 0.0
+    # Probability of leaving out a merge of the text tokenizer, in [0, 1): captions then come in other pieces in every
+    # epoch, in training alone (Provilkov et al. 2020). 0.1 is the paper.
+    bpe_dropout: float = 0.0
     # Start the image embedding and the image head from the dVAE's code vectors, so that codes that look alike
     # begin alike; false is the paper.
     start_from_codebook: bool = False
     # Keep the image tokens of every training picture in memory after its first use, 4 bytes a token.
     cache_image_tokens: bool = False
+    # Compute the layers' residual branches in fp16, each with a gradient scale of its own, as the paper did; see
+    # `models.resblock_scaling`. For devices without bf16.
+    resblock_gradient_scaling: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +52,24 @@ class TransformerOptimConfig(OptimConfig):
             raise ValueError(f"optim.text_weight must be in [0, 1], got {self.text_weight}")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"optim.caption_dropout must be in [0, 1), got {self.caption_dropout}")
+        if not 0 <= self.bpe_dropout < 1:
+            raise ValueError(f"optim.bpe_dropout must be in [0, 1), got {self.bpe_dropout}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeConfig:
+    """How training is computed; what is learned stays the same but for rounding, so a run may go on with others."""
+
+    attention_backend: AttentionBackend = "auto"  # see `models.attention`
+    # Keep only each block's input for the backward pass and compute the rest again: less memory, a third more work.
+    activation_checkpointing: bool = False
+    compile: bool = False  # every block through torch.compile, as one graph each; for GPUs
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+
+
+DEFAULT_COMPUTE = ComputeConfig()
 
 
 class TransformerModule(StageModule):
@@ -59,10 +86,12 @@ class TransformerModule(StageModule):
         seed: int,
         image_tokenizer: ImageTokenizer,
         text_tokenizer: TextTokenizer,
+        compute: ComputeConfig = DEFAULT_COMPUTE,
     ) -> None:
         """Train `model` on what the two tokenizers make of captioned pictures.
 
-        Raises: ValueError if the model's vocabularies or caption length are not the tokenizers'.
+        Raises: ValueError if the model's vocabularies or caption length are not the tokenizers', or for options that do
+            not go together.
         """
         super().__init__(
             model,
@@ -81,14 +110,46 @@ class TransformerModule(StageModule):
                 raise ValueError(
                     f"the transformer's {name} must be the tokenizer's {theirs}, got {mine}; set model.{name}={theirs}"
                 )
+        if compute.compile and optim.resblock_gradient_scaling:
+            raise ValueError(
+                "compute.compile must be false with optim.resblock_gradient_scaling=true, got true: every block has "
+                "scales of its own, so no two would share a graph"
+            )
         if optim.start_from_codebook:
             model.start_image_codes(image_tokenizer.dvae.codebook.detach())
         self.image_tokenizer = image_tokenizer
+        model.attention_backend = compute.attention_backend
+        model.execute_blocks(recompute=compute.activation_checkpointing, compiled=compute.compile)
+        self.flops_per_sample = 3 * count_flops(model.config).total
+        self.tokens_per_sample = model.config.layout.n_states
         self._tokens_of: dict[int, Tensor] = {}
+        self.scaling = _scale_resblocks(model) if optim.resblock_gradient_scaling else None
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The type that most matrix products of training have their factors in."""
+        return torch.float16 if self.scaling is not None else super().product_dtype
+
+    def unscale_gradients(self) -> bool:
+        """Unscale the gradients of the resblocks; an overflow in one of them costs an update and nothing else."""
+        if self.scaling is None:
+            return True
+        can_be_made = self.scaling.unscale()
+        self.log("train/resblock_scale_min", self.scaling.scales.min())
+        self.log("train/resblock_scale_max", self.scaling.scales.max())
+        self.log("train/skipped_updates", self.scaling.skipped_updates.float())
+        if can_be_made:
+            return True
+        # A loss that is not finite is no matter of scales: the check of the whole gradient has to see it.
+        others = [weight.grad for name, weight in self.model.named_parameters() if not name.startswith("blocks.")]
+        return not torch.nn.utils.get_total_norm([each for each in others if each is not None]).isfinite()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Weighted nats of one batch."""
         share = self.optim.caption_dropout
+        if self.model.config.dropout:
+            # Its masks come from the global generator: from here on a function of the step too.
+            torch.manual_seed(step_seed(self.seed, self.global_rank, self.global_step, part=self.part))
         dropped = None
         if share:
             draws = torch.rand(len(batch["index"]), 1, generator=self.step_generator(), device=self.device)
@@ -114,24 +175,26 @@ class TransformerModule(StageModule):
         if dropped is not None:
             text_tokens = torch.where(dropped, self.model.empty_text(), text_tokens)
             is_target &= ~dropped
-        text_logits, image_logits = self.model(text_tokens, image_tokens)
-        text_nats = token_nats(text_logits, text_tokens)
-        image_nats = token_nats(image_logits, image_tokens).mean()
         is_word = text_tokens < self.model.config.text_vocab_size
         # Every real token and the padding token right after the last one, by which the caption ends.
-        is_told = torch.cat([torch.ones_like(is_word[:, :1]), is_word[:, :-1]], dim=1)
-        caption_nats = masked_mean(text_nats, is_told & is_target)
-        text_loss = masked_mean(text_nats, is_target) if self.optim.pads_in_text_loss else caption_nats
+        is_told = torch.cat([torch.ones_like(is_word[:, :1]), is_word[:, :-1]], dim=1) & is_target
+        counts_in_loss = is_target if self.optim.pads_in_text_loss else is_told
         weight = self.optim.text_weight
-        loss = weight * text_loss + (1 - weight) * image_nats
+        losses = self.model.losses(
+            text_tokens,
+            image_tokens,
+            text_weights=weight * counts_in_loss / counts_in_loss.sum().clamp(min=1),
+            image_weights=torch.full(image_tokens.shape, (1 - weight) / image_tokens.numel(), device=self.device),
+        )
         values: dict[str, Tensor | float] = {
-            "loss": loss,
-            "text_nats_per_token": caption_nats,
-            "image_nats_per_token": image_nats,
-            "image_accuracy": (image_logits.argmax(-1) == image_tokens).float().mean(),
+            "loss": losses.loss,
+            "text_nats_per_token": masked_mean(losses.text_nats, is_told),
+            "text_accuracy": masked_mean(losses.text_correct.float(), is_told),
+            "image_nats_per_token": losses.image_nats.mean(),
+            "image_accuracy": losses.image_correct.float().mean(),
         }
         self.log_means(split, values, len(text_tokens))
-        return loss
+        return losses.loss
 
     def _image_tokens(self, image: Tensor) -> Tensor:
         tokens = self.image_tokenizer.encode(image).flatten(1)
@@ -147,3 +210,17 @@ class TransformerModule(StageModule):
             small = self._image_tokens(batch["image"][missing]).to("cpu", torch.int32)
             self._tokens_of.update({wanted[place]: tokens for place, tokens in zip(missing, small, strict=True)})
         return torch.stack([self._tokens_of[index] for index in wanted]).to(self.device, torch.int64)
+
+
+def _scale_resblocks(model: DalleTransformer) -> ResblockScaling:
+    """Give each residual branch of `model` a gradient scale: those of layer n are resblocks 2n and 2n + 1."""
+    weights: list[list[torch.nn.Parameter]] = []
+    for block in model.blocks:
+        named = dict(block.named_parameters())
+        weights.append([weight for name, weight in named.items() if not name.startswith("mlp")])
+        weights.append([weight for name, weight in named.items() if name.startswith("mlp")])
+    scaling = ResblockScaling(weights)
+    for layer, block in enumerate(model.blocks):
+        block.attention_scale = scaling.resblock(2 * layer)  # type: ignore[assignment]
+        block.mlp_scale = scaling.resblock(2 * layer + 1)  # type: ignore[assignment]
+    return scaling

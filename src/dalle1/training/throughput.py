@@ -1,0 +1,94 @@
+"""How fast a run trains, and how much of the machine it uses."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from dalle1.training.stage_module import StageModule
+
+# Sides of the square matrices by whose product a device's rate is measured: large enough to reach it.
+_CPU_SIDE, _GPU_SIDE = 1024, 8192
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, *, side: int, repeats: int = 5) -> float:
+    """Operations per second (a multiply-add is two) of the fastest of several products of two square matrices."""
+    # Random, because processors save power, and clock higher, on constants.
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one warms up
+        _wait_for(device)
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        _wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class Throughput(pl.Callback):
+    """Logs `perf/tokens_per_second`, over all devices, and `perf/mfu`: the share of the machine that is used.
+
+    The share is that of the operations which the model's definition asks for (see `models.accounting`) in what the
+    devices reach in plain matrix products, in the type that training multiplies in, measured when training starts.
+    Time for validation, pictures and checkpoints is left out. Of stages whose module does not say what a sample costs
+    nothing is logged.
+    """
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._samples = self._last_step = 0
+        self._started: float | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure what the device can do, before activations fill its memory."""
+        assert isinstance(pl_module, StageModule), "every stage of ours is one"
+        if not pl_module.flops_per_sample:
+            return
+        device = pl_module.device
+        side = _CPU_SIDE if device.type == "cpu" else _GPU_SIDE
+        self._rate = matmul_rate(device, pl_module.product_dtype, side=side) * trainer.world_size
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch; log when Lightning logs."""
+        assert isinstance(pl_module, StageModule), "every stage of ours is one"
+        if not pl_module.flops_per_sample:
+            return
+        if self._started is None:
+            # The first batch, and the one after a pause, is where the clock starts: compilers work in it.
+            self._start(pl_module)
+            return
+        self._samples += len(batch["image"]) * trainer.world_size
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every or trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        _wait_for(pl_module.device)
+        rate = self._samples / (time.perf_counter() - self._started)
+        pl_module.log("perf/tokens_per_second", rate * pl_module.tokens_per_sample)
+        pl_module.log("perf/mfu", rate * pl_module.flops_per_sample / self._rate)
+        self._start(pl_module)
+
+    def _start(self, pl_module: pl.LightningModule) -> None:
+        _wait_for(pl_module.device)
+        self._samples, self._started = 0, time.perf_counter()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._started = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Stop the clock."""
+        self._started = None
