@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 # The benchmark's pictures; data/README.md says how to make these. Others: make bench-dvae TRAIN='a-*.tar' VAL=b.tar
 TRAIN := data/photos/train-*.tar
 VAL := data/photos/val-*.tar
+PEER := --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test bench-dvae lint types clean
+.PHONY: help setup demo test bench-dvae bench-transformer bench-transformer-loss bench-gpu lint types clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-22s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## make .venv and install the project (done by the other targets, once)
 
@@ -33,8 +34,19 @@ test: $(STAMP) lint types  ## lint, types and tests
 	$(BIN)/pytest
 
 bench-dvae: $(STAMP)  ## our dVAE against DALLE-pytorch's, 35 minutes (BENCH='--minutes 5' for less)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6
+	$(BIN)/pip install $(PEER)
 	$(BIN)/python benchmarks/dvae.py --train '$(TRAIN)' --val '$(VAL)' $(BENCH)
+
+bench-transformer: $(STAMP)  ## speed and memory of our transformer against DALLE-pytorch's, 10 minutes
+	$(BIN)/pip install $(PEER)
+	$(BIN)/python benchmarks/transformer.py $(BENCH)
+
+bench-transformer-loss: $(STAMP)  ## loss over time against DALLE-pytorch's, on what the demo has made, 15 minutes
+	$(BIN)/pip install $(PEER)
+	$(BIN)/python benchmarks/transformer_loss.py $(BENCH)
+
+bench-gpu: $(STAMP)  ## the transformer on one CUDA device
+	$(BIN)/python benchmarks/gpu.py $(BENCH)
 
 lint: $(STAMP)  ## style
 	$(BIN)/ruff check .

@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
-import platform
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +28,10 @@ import dalle1  # noqa: F401 - before torch, so that threads of both sides wait a
 import hydra
 import peer_dvae
 import torch
-from tabulate import tabulate
+from measure import Rows, in_own_process, print_tables, write_report
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.atomic_files import write_json
 from dalle1.checkpoint import load_dvae
 from dalle1.cli import errors_in_one_line
 from dalle1.data.datamodule import DataConfig, PairDataModule
@@ -58,7 +53,6 @@ SIZE = 128  # pixels a side
 _PLANNED_SHARE = 0.85
 _AUTOENCODER_STEP = 0.25  # of the time of a step with codes; measured once
 _SPEED_BATCHES = {128: 8, 256: 4}  # picture size: batch
-Rows = list[dict[str, Any]]
 
 
 def config(*overrides: str) -> Any:
@@ -229,23 +223,6 @@ def _encode_with_paper(batch: int) -> float:
     return batch / (time.perf_counter() - started)
 
 
-def _with_peak(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What `work` returns and the peak memory of this process in GB."""
-    torch.set_flush_denormal(True)
-    result = work(*arguments)
-    status = Path("/proc/self/status")
-    if status.exists():  # where `ru_maxrss` would begin with the parent's peak
-        kilobytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return result, int(kilobytes) / 1e6
-    return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
-
-
-def in_own_process(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What `work` returns in a fresh process, and that process's peak memory in GB."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_with_peak, (work, *arguments))
-
-
 def speed_rows(rounds: int) -> tuple[Rows, dict[str, float]]:
     """Pictures per second and peak memory of training steps, and of encoding with the paper's dVAE; ratios."""
     rows: Rows = []
@@ -283,15 +260,6 @@ def quality_ratios(results: list[dict[str, dict[str, Any]]]) -> dict[str, float]
     }
 
 
-def machine() -> str:
-    """What this ran on."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(": ")[2] if names else cpu
-    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-
-
 @errors_in_one_line()
 def main() -> None:
     """Command line of the benchmark."""
@@ -307,7 +275,6 @@ def main() -> None:
     require_int("--rounds", options.rounds, at_least=1)
     if not 0 < options.minutes < math.inf:
         raise ValueError(f"--minutes must be > 0, got {options.minutes}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)  # as training does; for both sides
     # Before anything takes time.
     pictures(options, 0)
@@ -324,17 +291,8 @@ def main() -> None:
             for number, result in enumerate(results)
             for side, values in result.items()
         ]
-        report = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": machine(),
-            "date": datetime.now(UTC).date().isoformat(),
-            "rows": quality_rows + rows,
-            "ratios": ratios,
-        }
-        write_json(options.out, report)
-    for table in (quality_rows, rows, [ratios]):
-        print(tabulate(table, headers="keys"), end="\n\n")
-    print(f"numbers: {options.out}")
+        write_report(options.out, quality_rows + rows, ratios)
+    print_tables(options.out, quality_rows, rows, [ratios])
 
 
 if __name__ == "__main__":

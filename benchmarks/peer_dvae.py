@@ -1,28 +1,15 @@
-"""DALLE-pytorch's dVAE, trained as its own `train_vae.py` does, to compare ours with.
-
-`pip install --no-deps dalle-pytorch==1.6.6` is enough: packages that it imports at the top but whose dVAE never
-calls them (torchvision, taming, youtokentome, ...) are replaced by stand-ins where they are missing.
-"""
+"""DALLE-pytorch's dVAE, trained as its own `train_vae.py` does, to compare ours with."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
-from unittest.mock import MagicMock
 
+import peer
 import torch
 from torch import Tensor, nn
-
-_NOT_CALLED = (
-    *("torchvision", "torchvision.transforms", "taming", "taming.models", "taming.models.vqgan", "youtokentome"),
-    *("axial_positional_embedding", "rotary_embedding_torch", "transformers", "ftfy", "regex", "pkg_resources"),
-    *("requests", "omegaconf", "yaml"),
-)
 
 
 def build(image_size: int) -> nn.Module:
@@ -32,25 +19,10 @@ def build(image_size: int) -> nn.Module:
 
     Raises: FileNotFoundError if it is not installed.
     """
-    if importlib.util.find_spec("dalle_pytorch") is None:
-        raise FileNotFoundError("DALLE-pytorch is not installed; run 'pip install --no-deps dalle-pytorch==1.6.6'")
-    stand_ins = {name: MagicMock() for name in _NOT_CALLED if not _is_installed(name)}
-    sys.modules.update(stand_ins)
-    try:
-        module = importlib.import_module("dalle_pytorch.dalle_pytorch")
-    finally:
-        for name in stand_ins:
-            del sys.modules[name]
+    module = peer.dalle_pytorch()
     return module.DiscreteVAE(
         image_size=image_size, num_tokens=8192, num_layers=3, codebook_dim=512, hidden_dim=64, num_resnet_blocks=2
     )
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 class Trainer:

@@ -1,9 +1,12 @@
-"""The benchmark's parts that need no peer: fair sizes, and mistakes found before anything takes time."""
+"""The benchmarks' parts that need no peer: fair sizes, and mistakes found before anything takes time."""
 
 from __future__ import annotations
 
+import importlib
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from dalle1.models.dvae import DVAE
+from dalle1.models.transformer import DalleTransformer, TransformerConfig
 
 ROOT = Path(__file__).parents[1]
 # DALLE-pytorch 1.6.6: DiscreteVAE(num_tokens=8192, num_layers=3, codebook_dim=512, hidden_dim=64, num_resnet_blocks=2)
 PEER_PARAMETERS = 5_403_011
+# The same: DALLE(dim=512, depth=8, heads=8, dim_head=64, num_text_tokens=16384, text_seq_len=256), what it trains
+PEER_TRANSFORMER_PARAMETERS = 59_073_792
 
 
 def test_the_dvae_that_is_compared_is_as_large_as_its_peer() -> None:
@@ -25,6 +31,53 @@ def test_the_dvae_that_is_compared_is_as_large_as_its_peer() -> None:
         dvae = DVAE(instantiate(model))
     assert sum(p.numel() for p in dvae.parameters()) == pytest.approx(PEER_PARAMETERS, rel=0.1)
     assert (dvae.config.downsampling, dvae.config.vocab_size) == (8, 8192)
+
+
+def test_the_transformer_that_is_compared_is_as_large_as_its_peer() -> None:
+    sizes = {"d_model": 512, "n_layers": 8, "n_heads": 8}
+    with torch.device("meta"):
+        weights = {ratio: DalleTransformer(TransformerConfig(**sizes, mlp_ratio=ratio)) for ratio in (4, 6)}
+    assert weights[6].count_parameters()["total"] == pytest.approx(PEER_TRANSFORMER_PARAMETERS, rel=0.01)
+    assert weights[4].count_parameters()["total"] < PEER_TRANSFORMER_PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("transformer.py", ["--rounds", "0"], "error: --rounds must be >= 1, got 0"),
+        ("transformer_loss.py", ["--minutes", "0"], "error: --minutes must be > 0, got 0.0"),
+        ("transformer_loss.py", ["--updates", "3"], "error: --updates must be >= 200, got 3"),
+        ("gpu.py", ["--batch", "0"], "error: --batch must be >= 1, got 0"),
+    ],
+)
+def test_options_that_cannot_work_are_one_sentence(script: str, options: list[str], message: str) -> None:
+    command = [sys.executable, f"benchmarks/{script}", *options]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip() == message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_gpus_benchmark_needs_a_gpu() -> None:
+    result = subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: this benchmark must run on a CUDA device, got none")
+
+
+def test_steps_take_turns_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    measure = importlib.import_module("measure")
+    makers = {"a": (dict, ()), "b": (list, ())}  # a step that is a class: it makes an empty one
+    monkeypatch.setattr(measure, "tqdm", lambda rounds, **_: rounds)
+    results = measure.time_in_turns(
+        {name: (partial, (make, *arguments)) for name, (make, arguments) in makers.items()},
+        rounds=2,
+        environment={"MALLOC_TRIM_THRESHOLD_": "1"},
+        title="",
+    )
+    assert set(results) == {"a", "b"}
+    assert all(0 < seconds < 1 and 0.01 < gigabytes < 10 for seconds, gigabytes in results.values())
+    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
 
 
 def test_missing_pictures_are_found_first() -> None:
