@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "dalle1"
 
 # From the top to the bottom: a module may import from lines below its own, and from its own line.
 LAYERS = [
-    ["training", "evaluation.report", "convert", "reconstruct"],
+    ["training", "evaluation.report", "convert", "reconstruct", "plan"],
     ["results"],
     ["picture_grid"],
     ["pipeline"],
@@ -33,7 +33,7 @@ LAYERS = [
 ALLOWED = {
     "pytorch_lightning": ("training", "data.datamodule"),
     "hydra": ("cli", "training.run"),
-    "omegaconf": ("cli", "training.run"),
+    "omegaconf": ("cli", "training.run", "plan"),
     "wandb": ("training.logging",),
     "webdataset": ("data",),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from dalle1.tokenizers.text import TextTokenizerConfig
 from dalle1.training.dvae_module import DVAEOptimConfig
 from dalle1.training.optim import OptimConfig
 from dalle1.training.run import build
-from dalle1.training.transformer_module import TransformerOptimConfig
+from dalle1.training.transformer_module import ComputeConfig, TransformerOptimConfig
 
 CONF = Path(__file__).parents[1] / "conf"
 STAGES = sorted(path.stem for path in (CONF / "stage").glob("*.yaml"))
@@ -100,19 +101,25 @@ def test_every_choice_composes_and_builds(path: Path, tmp_path: Path, monkeypatc
         assert build(cfg, "data", DataConfig).image_size == cfg.image_size
     else:
         assert isinstance(
-            built, {"data": DataConfig, "model": MODEL_TYPES[stage], "optim": OPTIM_TYPES.get(stage)}[group]
+            built,
+            {
+                "data": DataConfig,
+                "model": MODEL_TYPES[stage],
+                "optim": OPTIM_TYPES.get(stage),
+                "compute": ComputeConfig,
+            }[group],
         )
 
 
 def test_every_yaml_is_covered() -> None:
     top = {path.name for path in CONF.glob("*.yaml")}
-    assert top == {"train.yaml", "sample.yaml"}
+    assert top == {"train.yaml", "sample.yaml", "plan.yaml"}
     assert {path.parent.parent for path in CONF.rglob("*/*.yaml")} == {CONF}, "a file deeper than one group"
 
 
 @pytest.mark.parametrize(
     "path",
-    [path for group in ("model", "optim", "data") for path in sorted((CONF / group).glob("*.yaml"))],
+    [path for group in ("model", "optim", "data", "compute") for path in sorted((CONF / group).glob("*.yaml"))],
     ids=lambda path: f"{path.parent.name}={path.stem}",
 )
 def test_every_field_of_a_configuration_is_written_down(path: Path) -> None:
@@ -140,6 +147,30 @@ def test_paper_models_have_the_papers_sizes() -> None:
     assert (dvae.downsampling, dvae.vocab_size) == (8, 8192)
     assert (transformer.text_seq_len, transformer.image_seq_len) == (256, 1024)
     assert (transformer.n_layers, transformer.n_heads, transformer.d_model) == (64, 62, 3968)
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "width"),
+    [
+        ("tiny", 4, 256),
+        ("small", 8, 512),
+        ("base", 12, 768),
+        ("large", 24, 1024),
+        ("xl", 24, 2048),
+        ("paper_2.8b", 64, 1920),
+        ("paper_5.6b", 64, 2688),
+        ("paper_12b", 64, 3968),
+    ],
+)
+def test_sizes_of_the_transformer_have_the_weights_that_their_files_name(size: str, depth: int, width: int) -> None:
+    cfg = composed("stage=transformer", "experiment=paper", f"model=transformer_{size}", *SHARDS)
+    config = build(cfg, "model", TransformerConfig)
+    assert (config.n_layers, config.d_model, config.d_model // config.n_heads) == (depth, width, 64)
+    with torch.device("meta"):
+        counts = DalleTransformer(config).count_parameters()
+    comment = (CONF / "model" / f"transformer_{size}.yaml").read_text().split("defaults:")[0]
+    named = re.findall(r"([\d.,]+) million", comment)
+    assert named == [f"{counts[part] / 1e6:,.1f}" for part in ("total", "body")]
 
 
 @pytest.mark.parametrize(
