@@ -42,13 +42,9 @@ def build(
     """
     module = peer.dalle_pytorch()
     vae = module.DiscreteVAE(
-        image_size=grid_size * 2,
-        num_tokens=image_vocab_size,
-        num_layers=1,
-        codebook_dim=1,
-        hidden_dim=1,
-        num_resnet_blocks=0,
+        image_size=64, num_tokens=image_vocab_size, num_layers=1, codebook_dim=1, hidden_dim=1, num_resnet_blocks=0
     )
+    vae.image_size = grid_size * 2  # it takes powers of two alone, but the transformer reads nothing else
     return module.DALLE(
         dim=d_model,
         vae=vae,
