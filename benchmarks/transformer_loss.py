@@ -39,6 +39,7 @@ from dalle1.data.datamodule import DataConfig, PairDataModule
 from dalle1.data.fields import require_int
 from dalle1.models.options import AttentionPattern
 from dalle1.models.transformer import TransformerConfig
+from dalle1.tokenizers.caption_encoder import CaptionEncoder
 from dalle1.tokenizers.text_file import load_text_tokenizer
 from dalle1.training.run import run
 
@@ -82,7 +83,7 @@ def configuration(results: Path, run_dir: Path, *, updates: int, seed: int) -> A
         return hydra.compose("train", overrides)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def tokenized(cfg: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Text and image tokens of the training and validation sets, in the order of their shards."""
     image_tokenizer = load_image_tokenizer(cfg.dvae)
@@ -91,16 +92,16 @@ def tokenized(cfg: Any) -> dict[str, tuple[Tensor, Tensor]]:
     )
     data_config = hydra.utils.instantiate(cfg.data, _convert_="all")
     assert isinstance(data_config, DataConfig)
-    data = PairDataModule(data_config)
+    data = PairDataModule(data_config, CaptionEncoder(text_tokenizer, truncate=cfg.truncate_captions))
     data.prepare_data()
     data.setup("fit")
     tokens = {}
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
         texts, images = [], []
         for batch in tqdm(loader, desc=f"tokens, {split}", unit="batch", disable=None):
-            texts.append(text_tokenizer.encode(batch["caption"]))
-            images.append(image_tokenizer.encode(batch["image"]).flatten(1))
-        tokens[split] = torch.cat(texts).clone(), torch.cat(images).clone()
+            texts.append(batch["text_tokens"])
+            images.append(image_tokenizer.encode(batch["image"]).flatten(1).clone())  # out of inference mode
+        tokens[split] = torch.cat(texts), torch.cat(images)
     return tokens
 
 
