@@ -77,7 +77,12 @@ def training_of(cfg: DictConfig) -> Training:
         devices=_count(cfg, "devices") * _count(cfg, "num_nodes"),
         batch_size=optim.batch_size,
         passes=_count(cfg, "accumulate_grad_batches"),
-        backend=resolve_backend(compute.attention_backend, torch.device("cuda"), model.d_model // model.n_heads),
+        backend=resolve_backend(
+            compute.attention_backend,
+            torch.device("cuda"),
+            head_dim=model.d_model // model.n_heads,
+            n_states=model.layout.n_states,
+        ),
         mixed=precision == "bf16-mixed" or optim.resblock_gradient_scaling,
         has_average=optim.ema_decay > 0,
     )

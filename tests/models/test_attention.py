@@ -211,18 +211,20 @@ def test_patterns_that_hide_nothing_are_causal_attention(backend: AttentionBacke
     torch.testing.assert_close(attend(qkv), DenseAttention(layout(3, 2, 2), "full", CPU)(qkv))
 
 
-def test_auto_is_local_on_a_cpu_and_flex_on_cuda() -> None:
-    assert resolve_backend("auto", CPU, 64) == "local"
-    assert resolve_backend("auto", torch.device("cuda", 0), 64) == "flex"
-    assert resolve_backend("auto", torch.device("cuda"), 8) == "local"
-    assert resolve_backend("dense", torch.device("cuda"), 64) == "dense"
+def test_auto_is_flex_on_cuda_and_local_elsewhere_but_for_short_streams() -> None:
+    cuda = torch.device("cuda", 0)
+    assert resolve_backend("auto", CPU, head_dim=64, n_states=1280) == "local"
+    assert resolve_backend("auto", CPU, head_dim=64, n_states=164) == "dense"
+    assert resolve_backend("auto", cuda, head_dim=64, n_states=164) == "flex"
+    assert resolve_backend("auto", cuda, head_dim=8, n_states=1280) == "local"
+    assert resolve_backend("dense", cuda, head_dim=64, n_states=1280) == "dense"
 
 
 def test_flex_is_refused_where_it_has_no_gradient() -> None:
     with pytest.raises(ValueError, match="heads of at least 16 dimensions, got cpu and 64"):
-        resolve_backend("flex", CPU, 64)
+        resolve_backend("flex", CPU, head_dim=64, n_states=1280)
     with pytest.raises(ValueError, match="got cuda and 8; use attention_backend=auto"):
-        resolve_backend("flex", torch.device("cuda"), 8)
+        resolve_backend("flex", torch.device("cuda"), head_dim=8, n_states=1280)
 
 
 def test_scores_too_large_for_exp_are_no_matter() -> None:

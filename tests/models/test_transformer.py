@@ -148,7 +148,7 @@ def test_every_block_compiles_as_one_graph(
     text, image = _tokens(model, 1)
     model.attention_backend = "dense"
     expected = torch.autograd.grad(model(text, image)[1].square().sum(), model.blocks[0].parameters())
-    monkeypatch.setattr("dalle1.models.transformer.resolve_backend", lambda *_: backend)
+    monkeypatch.setattr("dalle1.models.transformer.resolve_backend", lambda *_, **__: backend)
     # FlexAttention's uncompiled form has a backward pass on a CPU, but refuses to be asked for it.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     torch._dynamo.reset()

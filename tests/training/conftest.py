@@ -39,7 +39,7 @@ TINY = {
     "transformer": [
         # Every pattern, on a grid on which they hide something.
         *("model.d_model=16", "model.n_layers=3", "model.n_heads=2", "model.conv_kernel_size=3"),
-        "optim.bpe_dropout=0.1",
+        *("optim.bpe_dropout=0.1", "compute.attention_backend=local"),
         *("optim.max_steps=8", "optim.warmup_steps=1", "optim.batch_size=4"),
     ],
 }

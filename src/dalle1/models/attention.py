@@ -6,8 +6,8 @@
 | `local` | blocks of queries and windows of keys, see `local_attention` | anywhere; best on a CPU |
 | `flex` | PyTorch's FlexAttention, see `flex_attention` | CUDA |
 
-`auto` is `flex` on CUDA (with heads of 16 dimensions or more) and `local` elsewhere. All compute the same function;
-only rounding differs.
+`auto` is `flex` on CUDA (with heads of 16 dimensions or more); elsewhere `local`, or `dense` for short streams. All
+compute the same function; only rounding differs.
 
 Shapes: b batch, s states, h heads, e head_dim.
 """
@@ -30,6 +30,7 @@ from dalle1.models.options import AttentionBackend, AttentionPattern
 Attend = Callable[[Tensor], Tensor]
 
 _FLEX_HEAD_DIM = 16  # the smallest that its kernels multiply
+_LOCAL_STATES = 400  # fewer are faster to multiply all with all
 
 
 class DenseAttention:
@@ -54,14 +55,18 @@ class CausalAttention:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def resolve_backend(backend: AttentionBackend, device: torch.device, head_dim: int) -> AttentionBackend:
-    """What `auto` means for heads of this size on a device.
+def resolve_backend(
+    backend: AttentionBackend, device: torch.device, *, head_dim: int, n_states: int
+) -> AttentionBackend:
+    """What `auto` means for heads and streams of these sizes on a device.
 
     Raises: ValueError if `backend` cannot train there.
     """
     can_flex = device.type == "cuda" and head_dim >= _FLEX_HEAD_DIM
     if backend == "auto":
-        return "flex" if can_flex else "local"
+        if can_flex:
+            return "flex"
+        return "local" if n_states >= _LOCAL_STATES else "dense"
     if backend == "flex" and not can_flex:
         # Elsewhere PyTorch's FlexAttention has no backward pass.
         raise ValueError(

@@ -303,7 +303,10 @@ class DalleTransformer(nn.Module):
         return self.__dict__ | {"_attends": {}, "_masks": {}}
 
     def _attend(self, pattern: AttentionPattern, device: torch.device) -> Attend:
-        backend = resolve_backend(self.attention_backend, device, self.config.d_model // self.config.n_heads)
+        config = self.config
+        backend = resolve_backend(
+            self.attention_backend, device, head_dim=config.d_model // config.n_heads, n_states=config.layout.n_states
+        )
         key = (pattern, backend, device)
         if key not in self._attends:
             # Their tensors must serve training too, also if the first call was only to look.
