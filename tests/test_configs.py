@@ -18,6 +18,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
 from dalle1.data.datamodule import DataConfig
+from dalle1.models.accounting import count_weights
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
@@ -143,7 +144,7 @@ def test_paper_models_have_the_papers_sizes() -> None:
     # The decoder's first convolution is the codebook.
     assert sum(p.numel() for p in image_model.parameters()) - encoder == 43_829_766
     # Without embeddings and unembeddings, as the paper counts.
-    assert 12.0e9 <= text_to_image.count_parameters()["body"] <= 12.2e9
+    assert 12.0e9 <= count_weights(text_to_image).blocks <= 12.2e9
     assert (dvae.downsampling, dvae.vocab_size) == (8, 8192)
     assert (transformer.text_seq_len, transformer.image_seq_len) == (256, 1024)
     assert (transformer.n_layers, transformer.n_heads, transformer.d_model) == (64, 62, 3968)
@@ -167,10 +168,10 @@ def test_sizes_of_the_transformer_have_the_weights_that_their_files_name(size: s
     config = build(cfg, "model", TransformerConfig)
     assert (config.n_layers, config.d_model, config.d_model // config.n_heads) == (depth, width, 64)
     with torch.device("meta"):
-        counts = DalleTransformer(config).count_parameters()
+        weights = count_weights(DalleTransformer(config))
     comment = (CONF / "model" / f"transformer_{size}.yaml").read_text().split("defaults:")[0]
     named = re.findall(r"([\d.,]+) million", comment)
-    assert named == [f"{counts[part] / 1e6:,.1f}" for part in ("total", "body")]
+    assert named == [f"{count / 1e6:,.1f}" for count in (weights.total, weights.blocks)]
 
 
 @pytest.mark.parametrize(

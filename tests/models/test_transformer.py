@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle1.models.accounting import count_weights
 from dalle1.models.kv_cache import KVCache
 from dalle1.models.options import AttentionBackend, AttentionPattern
 from dalle1.models.transformer import Block, DalleTransformer, TransformerConfig
@@ -249,9 +250,9 @@ def test_cat_of_caches_continues_every_sequence(make_transformer: MakeTransforme
 
 def test_paper_configuration_has_12_billion_parameters() -> None:
     with torch.device("meta"):
-        counts = DalleTransformer(TransformerConfig()).count_parameters()
-    assert 12.0e9 < counts["body"] < 12.2e9
-    assert counts["total"] == counts["body"] + counts["embeddings"]
+        weights = count_weights(DalleTransformer(TransformerConfig()))
+    assert 12.0e9 < weights.blocks < 12.2e9
+    assert weights.total == weights.blocks + weights.embeddings + weights.heads
 
 
 def test_fresh_model_predicts_uniformly() -> None:

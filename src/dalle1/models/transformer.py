@@ -442,9 +442,3 @@ class DalleTransformer(nn.Module):
             x = block.with_cache(x, self.mask(pattern, x.device)[start:stop, :stop], cache, layer)
         cache.length = stop
         return self.image_head(self.norm(x[:, -1]))
-
-    def count_parameters(self) -> dict[str, int]:
-        """Number of parameters: `body` (the paper's effective count), `embeddings` (in and out), `total`."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        body = sum(parameter.numel() for parameter in self.blocks.parameters())
-        return {"body": body, "embeddings": total - body, "total": total}
