@@ -155,9 +155,10 @@ def _rows_of_local(layout: StreamLayout, pattern: AttentionPattern) -> int:
 
 
 def count_head_scratch(config: TransformerConfig, batch_size: int, device_type: str) -> int:
-    """Bytes that the heads need while they turn states into losses: at most three chunks of fp32 logits.
+    """Bytes that the heads need while they turn states into losses: about three chunks of fp32 logits.
 
-    Two are a chunk's logits and probabilities; the third is the one before, or its probabilities in 16 bits."""
+    One is the chunk's logits, which its gradients replace; on CUDA these are also rounded to 16 bits, and beside them
+    are the weight in 16 bits and what is added to its gradient."""
     text, image = batch_size * config.text_seq_len, batch_size * config.image_seq_len
     chunks = [
         classes * min(rows, rows_per_chunk(classes, device_type))

@@ -56,6 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = states.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and device == "cuda" else None
+        factor = weight if low is None else weight.to(low)  # rounded once, not for every chunk
         size = min(len(states), rows_per_chunk(len(weight), device))
         nats, correct, grads = [], [], []
         grad_weight = torch.zeros_like(weight, dtype=_precise(weight)) if with_gradient else None
@@ -66,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for first in range(0, len(states), size):
                 part = slice(first, first + size)
                 x, target, token_weights = states[part], targets[part, None], weights[part, None]
-                logits = _logits(x, weight, bias, low, buffer)
+                logits = _logits(x, factor, bias, low, buffer)
                 right = logits.gather(1, target)
                 correct.append(logits.argmax(1) == target[:, 0])
                 log_probs = torch.log_softmax(logits, 1, out=logits)
@@ -75,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_logits = torch.exp(log_probs, out=log_probs)
                     grad_logits.scatter_add_(1, target, torch.full_like(right, -1))
                     # Weighted where rows are short.
-                    grads.append((_matmul(grad_logits, weight, low) * token_weights).to(states.dtype))
+                    grads.append((_matmul(grad_logits, factor, low) * token_weights).to(states.dtype))
                     _add_matmul(grad_weight, grad_logits.t(), x * token_weights, low)
                     grad_bias.addmv_(grad_logits.t(), token_weights[:, 0].to(grad_bias.dtype))
         all_nats = torch.cat(nats)
