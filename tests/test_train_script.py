@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import runpy
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle1.checkpoint import load_dvae
+from dalle1.checkpoint import load_dvae, load_transformer
 from dalle1.data.dataset import PairDataset, collate
 from dalle1.data.shards import ShardIndex
 from dalle1.evaluation.codebook_usage import codebook_usage
@@ -92,6 +93,36 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert summary["psnr_db"] == pytest.approx(float(psnr_db(error).mean()), rel=1e-4)
     assert summary["code_perplexity"] == pytest.approx(usage.perplexity, rel=1e-4)
     assert summary["dead_codes"] == usage.n_dead
+
+
+def test_transformer_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    for arguments in (["stage=tokenizer"], TINY_DVAE):
+        done = _call(tmp_path, *arguments, *TINY)
+        assert done.returncode == 0, done.stderr
+    options = ["model.d_model=16", "model.n_heads=2", "optim.max_steps=6", "optim.warmup_steps=1"]
+    # Halves the rate after every second update, on both ranks or they part.
+    options += ["optim.lr_schedule=plateau", "optim.plateau_window=1", "optim.plateau_patience=1"]
+    options += ["optim.plateau_threshold=0.5", "optim.resblock_gradient_scaling=true", "trainer.log_every_n_steps=1"]
+    # Without it Adam makes as much of a gradient's rounding error as of a gradient.
+    options += ["optim.eps=1e-2"]
+    runs = {}
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        split = ["trainer=ddp", f"trainer.devices={processes}", f"optim.batch_size={4 // processes}"]
+        done = _call(
+            tmp_path, "stage=transformer", *TINY, *split, "trainer.accelerator=cpu", *options, f"run_dir={run}"
+        )
+        assert done.returncode == 0, done.stderr
+        with next(run.glob("logs/*/metrics.csv")).open() as file:
+            rates = [float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]]
+        runs[processes] = rates, load_transformer(run / "checkpoints" / "last.ckpt").model.state_dict()
+    (rates, weights), (rates_of_two, weights_of_two) = runs[1], runs[2]
+    assert len(set(rates)) > 2
+    assert rates_of_two == rates
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            weights_of_two[name], weight, rtol=1e-3, atol=1e-5, msg=lambda why, name=name: f"{name}: {why}"
+        )
 
 
 @pytest.mark.parametrize(

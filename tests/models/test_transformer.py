@@ -168,11 +168,15 @@ def test_every_block_compiles_as_one_graph(
 
 
 def test_a_model_that_was_only_looked_at_can_be_trained(make_transformer: MakeTransformer) -> None:
-    model = make_transformer().requires_grad_(True)
+    fresh, model = make_transformer().requires_grad_(True), make_transformer().requires_grad_(True)
     text, image = _tokens(model, 1)
     with torch.inference_mode():
         model(text, image)
-    model(text, image)[1].sum().backward()
+    gradients = [
+        torch.autograd.grad(each(text, image)[1].square().sum(), each.blocks.parameters()) for each in (model, fresh)
+    ]
+    for got, expected in zip(*gradients, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_a_model_that_has_run_can_be_pickled(make_transformer: MakeTransformer) -> None:

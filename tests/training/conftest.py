@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from stage_runs import Train
 
 from dalle1.data.shapes_shards import ShapesRecipe, write_shapes
 from dalle1.training.run import run
@@ -43,7 +43,6 @@ TINY = {
         *("optim.max_steps=8", "optim.warmup_steps=1", "optim.batch_size=4"),
     ],
 }
-Train = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")

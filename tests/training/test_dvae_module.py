@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from stage_runs import Train
 from torch import Tensor
 
 from dalle1.checkpoint import load_dvae, read_checkpoint, weights_sha256
@@ -24,8 +25,6 @@ from dalle1.losses import logit_laplace_nll
 from dalle1.models.dvae import DVAE
 from dalle1.models.pixels import map_pixels
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
-
-Train = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture

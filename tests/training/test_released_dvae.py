@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import official_dvae
 import pytest
 import torch
+from stage_runs import Train
 
 from dalle1.checkpoint import load_image_tokenizer, load_transformer
 from dalle1.convert import convert_openai_dvae
 from dalle1.pipeline import Pipeline
-
-Train = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from stage_runs import Train
 
 from dalle1.training import throughput
 from dalle1.training.stage_module import StageModule
 from dalle1.training.throughput import Throughput, matmul_rate
-
-Train = Callable[..., dict[str, Any]]
 
 
 def test_matmul_rate_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,9 @@ def test_share_of_dropped_captions(
     module.training_step(batch, 0)
     module.training_step(batch, 0)
     assert torch.equal(seen[0], seen[1]), "the same step drops the same captions, also after a resume"
+    module.on_after_backward()
+    module.training_step(batch, 1)
+    assert not torch.equal(seen[0], seen[2]), "the second part of an accumulated update drops others"
     # 100 expected with a standard deviation of 8.7: outside by chance once in 10^8.
     assert 50 < int(seen[0].sum()) < 150
 
