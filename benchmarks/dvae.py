@@ -28,7 +28,7 @@ import dalle1  # noqa: F401 - before torch, so that threads of both sides wait a
 import hydra
 import peer_dvae
 import torch
-from measure import Rows, in_own_process, print_tables, write_report
+from measure import ROOT, Rows, configuration, in_own_process, print_tables, write_report
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,7 +46,6 @@ from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.training.dvae_module import DVAEOptimConfig
 from dalle1.training.optim import build_optimizer
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZE = 128  # pixels a side
 # Share of the budget that our updates are planned to take: the rest is for the start of the process, the start of
 # the codebook, validations and the noise of the machine.
@@ -57,8 +56,7 @@ _SPEED_BATCHES = {128: 8, 256: 4}  # picture size: batch
 
 def config(*overrides: str) -> Any:
     """The configuration of `train.py stage=dvae experiment=photos`."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        return hydra.compose("train", ["stage=dvae", "experiment=photos", "name=bench", *overrides])
+    return configuration("stage=dvae", "experiment=photos", *overrides)
 
 
 # Quality for the same time

@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from measure import Rows, print_tables, write_report
+from measure import Rows, configuration, print_tables, write_report
+from our_transformer import make_step
 
 from dalle1.cli import errors_in_one_line
 from dalle1.data.fields import require_int
@@ -28,41 +28,15 @@ from dalle1.models.accounting import count_flops
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
 from dalle1.training.throughput import matmul_rate
 
-ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.device("cuda")
 
 
 def model_config(name: str) -> TransformerConfig:
     """A size in the paper's vocabularies and grid."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        cfg = hydra.compose(
-            "train",
-            ["stage=transformer", "experiment=paper", f"model={name}", "name=bench", "data.train=x", "data.val=x"],
-        )
+    cfg = configuration("stage=transformer", "experiment=paper", f"model={name}")
     config = hydra.utils.instantiate(cfg.model, _convert_="all")
     assert isinstance(config, TransformerConfig)
     return config
-
-
-def make_step(model: DalleTransformer, batch: int) -> Callable[[], None]:
-    """One update on random tokens."""
-    config = model.config
-    text = torch.randint(config.text_vocab_size, (batch, config.text_seq_len), device=CUDA)
-    image = torch.randint(config.image_vocab_size, (batch, config.image_seq_len), device=CUDA)
-    text_weights = torch.full(text.shape, 1 / 8 / text.numel(), device=CUDA)
-    image_weights = torch.full(image.shape, 7 / 8 / image.numel(), device=CUDA)
-    weights = list(model.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=1e-4, betas=(0.9, 0.96), weight_decay=0.045, fused=True)
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            losses = model.losses(text, image, text_weights=text_weights, image_weights=image_weights)
-        torch.autograd.backward(losses.loss)
-        torch.nn.utils.clip_grad_norm_(weights, 4.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def time_step(config: TransformerConfig, batch: int, *, recompute: bool, rounds: int) -> tuple[float, float]:

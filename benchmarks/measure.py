@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, fresh processes, steps in turns, the report."""
+"""What the benchmarks share: configurations, the machine, fresh processes, steps in turns, the report."""
 
 from __future__ import annotations
 
@@ -15,17 +15,26 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import hydra
 import torch
+from omegaconf import DictConfig
 from tabulate import tabulate
 from tqdm import tqdm
 
 from dalle1.atomic_files import write_json
 
+ROOT = Path(__file__).resolve().parents[1]
 Rows = list[dict[str, Any]]
 
 # glibc's allocator gives every large tensor back to the system at once, and the first use of new memory is slow. With
 # these it keeps what it has. Read when a process starts.
 TUNED_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+
+
+def configuration(*overrides: str) -> DictConfig:
+    """What `train.py` makes of its options."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        return hydra.compose("train", ["name=bench", *overrides])
 
 
 def machine() -> str:

@@ -34,7 +34,7 @@ def build(
 ) -> nn.Module:
     """Its `DALLE` with the defaults of that class: rotary embeddings, shifted tokens, MLPs with a gate.
 
-    `plain` is without the first two, which then gets the embeddings of positions that ours has.
+    `plain` is without the first two; in their place it learns embeddings of positions, as ours does.
 
     Its dVAE, which it cannot do without, is the smallest that fits; it is given tokens and never calls it.
 

@@ -24,22 +24,18 @@ from typing import Any
 import dalle1  # noqa: F401 - before torch, so that threads of both sides wait as they do in training
 
 # isort: split
-import hydra
 import peer_transformer
 import torch
 from measure import TUNED_ALLOCATOR, Rows, machine, print_tables, time_in_turns, write_report
-from torch import Tensor
+from our_transformer import make_step, random_tokens
 
 from dalle1.cli import errors_in_one_line
 from dalle1.data.fields import require_int
 from dalle1.models.accounting import count_flops
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
 from dalle1.training.allocator import keep_freed_memory
-from dalle1.training.optim import build_optimizer
 from dalle1.training.throughput import matmul_rate
-from dalle1.training.transformer_module import TransformerOptimConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 OURS, OURS_AS_TRAINED, OURS_PAPER, PEER, PEER_PLAIN = (
     "ours",
     "ours, as train.py runs it",
@@ -52,42 +48,11 @@ GIVEN: dict[str, Any] = {"d_model": 512, "n_layers": 8, "n_heads": 8}
 EQUAL, PAPER = TransformerConfig(**GIVEN, mlp_ratio=6), TransformerConfig(**GIVEN)
 
 
-def random_tokens(config: TransformerConfig, batch: int) -> tuple[Tensor, Tensor]:
-    """Captions that fill all text positions, and pictures."""
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(1, config.text_vocab_size, (batch, config.text_seq_len), generator=generator)
-    return text, torch.randint(config.image_vocab_size, (batch, config.image_seq_len), generator=generator)
-
-
 def our_step(config: TransformerConfig, batch: int) -> Callable[[], float]:
-    """One update as `stage=transformer` makes it, without the average and the clipped variance."""
+    """One update of ours."""
     torch.manual_seed(0)
-    model = DalleTransformer(config)
-    text, image = random_tokens(config, batch)
-    weights = list(model.parameters())
-    optim = paper_optim()
-    optimizer = build_optimizer(model, optim)
-    text_weights = torch.full(text.shape, 1 / 8 / text.numel())
-    image_weights = torch.full(image.shape, 7 / 8 / image.numel())
-
-    def step() -> float:
-        losses = model.losses(text, image, text_weights=text_weights, image_weights=image_weights)
-        torch.autograd.backward(losses.loss)
-        torch.nn.utils.clip_grad_norm_(weights, optim.grad_clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(losses.loss.detach())
-
-    return step
-
-
-def paper_optim() -> TransformerOptimConfig:
-    """`optim=transformer_paper`."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        shared = ["stage=transformer", "experiment=paper", "name=bench", "data.train=none", "data.val=none"]
-        optim = hydra.utils.instantiate(hydra.compose("train", shared).optim)
-    assert isinstance(optim, TransformerOptimConfig)
-    return optim
+    step = make_step(DalleTransformer(config), batch)
+    return lambda: float(step())
 
 
 def our_step_as_trained(config: TransformerConfig, batch: int) -> Callable[[], float]:

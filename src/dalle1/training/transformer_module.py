@@ -122,7 +122,8 @@ class TransformerModule(StageModule):
         model.execute_blocks(recompute=compute.activation_checkpointing, compiled=compute.compile)
         self.flops_per_sample = 3 * count_flops(model.config).total
         self.tokens_per_sample = model.config.layout.n_states
-        self._tokens_of: dict[int, Tensor] = {}
+        # Image tokens of training pictures by their index, kept with `optim.cache_image_tokens`.
+        self.known_tokens: dict[int, Tensor] = {}
         self.scaling = _scale_resblocks(model) if optim.resblock_gradient_scaling else None
 
     @property
@@ -205,11 +206,11 @@ class TransformerModule(StageModule):
         if not self.optim.cache_image_tokens:
             return self._image_tokens(batch["image"])
         wanted = batch["index"].tolist()
-        missing = [place for place, index in enumerate(wanted) if index not in self._tokens_of]
+        missing = [place for place, index in enumerate(wanted) if index not in self.known_tokens]
         if missing:
             small = self._image_tokens(batch["image"][missing]).to("cpu", torch.int32)
-            self._tokens_of.update({wanted[place]: tokens for place, tokens in zip(missing, small, strict=True)})
-        return torch.stack([self._tokens_of[index] for index in wanted]).to(self.device, torch.int64)
+            self.known_tokens.update({wanted[place]: tokens for place, tokens in zip(missing, small, strict=True)})
+        return torch.stack([self.known_tokens[index] for index in wanted]).to(self.device, torch.int64)
 
 
 def _scale_resblocks(model: DalleTransformer) -> ResblockScaling:
