@@ -90,7 +90,11 @@ def test_one_gpu_shares_with_nobody() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer.devices=auto", "trainer.devices must be a whole number >= 1 for a plan, got auto; set trainer.devi"),
+        ("stage=dvae", "a plan must be for stage=transformer, the only one it knows, got stage=dvae"),
+        (
+            "trainer.devices=auto",
+            "trainer.devices must be a whole number >= 1 for a plan, got auto; as in trainer.devi",
+        ),
         ("trainer.num_nodes=0", "trainer.num_nodes must be a whole number >= 1 for a plan, got 0"),
         ("trainer.precision=16-mixed", "trainer.precision must be 32-true or bf16-mixed, got 16-mixed"),
         ("trainer.precision=64-true", "trainer.precision must be 32-true or bf16-mixed for a plan, got 64-true"),

@@ -128,7 +128,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged pickle can raise any error
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-        raise ValueError(f"'{path}' is not a checkpoint that can be read safely ({reason})") from error
+        raise ValueError(
+            f"'{path}' is not a checkpoint that can be read safely ({reason}); if it is damaged, delete it and train "
+            "that stage again"
+        ) from error
     record = content.get(RECORD_KEY) if isinstance(content, dict) else None
     if not isinstance(record, dict):
         raise ValueError(f"'{path}' must hold a '{RECORD_KEY}' record, as all our checkpoints do; it has none")

@@ -48,6 +48,8 @@ def plan(cfg: DictConfig) -> str:
 
     Raises: ValueError or TypeError if training would refuse it, or if it leaves the number of GPUs open.
     """
+    if cfg.stage.name != "transformer":
+        raise ValueError(f"a plan must be for stage=transformer, the only one it knows, got stage={cfg.stage.name}")
     hardware, training = build(cfg, "plan", Hardware), training_of(cfg)
     return "\n\n".join(
         (
@@ -92,7 +94,7 @@ def _count(cfg: DictConfig, name: str) -> int:
     """An option of the trainer; 1 is Lightning's default for all that are asked for."""
     value = cfg.trainer.get(name, 1)
     if type(value) is not int or value < 1:
-        raise ValueError(f"trainer.{name} must be a whole number >= 1 for a plan, got {value}; set trainer.{name}=8")
+        raise ValueError(f"trainer.{name} must be a whole number >= 1 for a plan, got {value}; as in trainer.{name}=8")
     return value
 
 

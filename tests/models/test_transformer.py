@@ -293,7 +293,7 @@ def test_forward_refuses_another_grid(make_transformer: MakeTransformer) -> None
         ({"start": "three"}, ValueError, "start must be one of one, two, got 'three'"),
         ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
         ({"mlp_ratio": 0}, ValueError, "mlp_ratio must be >= 1, got 0"),
-        ({"norm_eps": 0.0}, ValueError, "norm_eps must be > 0, got 0.0"),
+        ({"norm_eps": 0.0}, ValueError, "norm_eps must be a finite number > 0, got 0.0"),
         ({"conv_kernel_size": 2}, ValueError, "conv_kernel_size must be odd and >= 1, got 2"),
         ({"n_heads": "2"}, TypeError, "n_heads must be a whole number, got '2'"),
     ],

@@ -111,8 +111,8 @@ def test_time_is_operations_by_what_devices_do(training: Training) -> None:
     [
         ({"mfu": 0.0}, r"plan.mfu must be in \(0, 1\], got 0.0"),
         ({"mfu": 40}, r"plan.mfu must be in \(0, 1\], got 40"),
-        ({"teraflops": 0}, "plan.teraflops must be > 0, got 0"),
-        ({"gpu_gigabytes": -80}, "plan.gpu_gigabytes must be > 0, got -80"),
+        ({"teraflops": 0}, "plan.teraflops must be a finite number > 0, got 0"),
+        ({"gpu_gigabytes": -80}, "plan.gpu_gigabytes must be a finite number > 0, got -80"),
     ],
 )
 def test_impossible_hardware_is_refused(option: dict[str, float], message: str) -> None:

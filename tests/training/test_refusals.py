@@ -19,6 +19,13 @@ def test_scaled_resblocks_need_fp32_around_them(train: Train, trained: Path, tmp
         train(tmp_path, "transformer", "optim.resblock_gradient_scaling=true", "trainer.precision=bf16-mixed")
 
 
+@pytest.mark.parametrize("value", ["no", "maybe", "0"])
+def test_cutting_captions_is_true_or_false(train: Train, trained: Path, tmp_path: Path, value: str) -> None:
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=f"truncate_captions must be true or false, got '?{value}"):
+        train(tmp_path, "clip", f"truncate_captions={value}")
+
+
 def test_damaged_tokenizer_is_one_sentence(train: Train, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
     path = tmp_path / "tokenizer" / "tokenizer.json"
@@ -87,7 +94,7 @@ def test_other_checkpoint_than_a_dvae_is_refused(train: Train, trained: Path, tm
     ("override", "message"),
     [
         ("image_vocab_size=17", "image_vocab_size must be 16, as its tokenizers and data have it, got 17"),
-        ("text_seq_len=63", "text_seq_len must be 64, .*got 63; set model.text_seq_len=64"),
+        ("text_seq_len=63", "text_seq_len must be 64, .*got 63; set text_seq_len=64"),
         ("grid_size=3", "grid_height must be 4, .*got 3"),
         ("image_size=18", "image_size must be a multiple of 4, the dVAE's downsampling, got 18"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -131,8 +132,40 @@ def test_run_goes_on_when_more_steps_are_asked_for(train: Train, trained: Path, 
 
 
 def test_run_of_another_model_is_refused(train: Train, trained: Path) -> None:
-    with pytest.raises(ValueError, match="was trained with another model_config; delete that run, or choose another"):
+    expected = r"another model.n_hid \(16, not 32\) and another model.n_init \(16, not 32\); delete that run, or choose"
+    with pytest.raises(ValueError, match=expected):
         train(trained, "dvae", "model.n_hid=32", "model.n_init=32")
+
+
+def test_run_of_another_kind_is_refused(train: Train, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(trained / "dvae", tmp_path / "clip")
+    with pytest.raises(ValueError, match="must hold a clip, got a dvae; choose another name="):
+        train(tmp_path, "clip")
+
+
+def test_interrupted_run_with_fewer_steps_is_refused(
+    train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
+    with monkeypatch.context() as patch:
+        patch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_end", stop_at_step(6))
+        with pytest.raises(SystemExit):
+            train(tmp_path, "clip")
+    with pytest.raises(ValueError, match=r"optim.max_steps must be at least 4, where .* was interrupted, got 3"):
+        train(tmp_path, "clip", "optim.max_steps=3")
+    assert not (tmp_path / "clip" / "summary.json").exists()
+
+
+def test_continued_run_logs_where_it_would_have(train: Train, trained: Path, tmp_path: Path) -> None:
+    for earlier in ("tokenizer", "dvae", "transformer"):
+        shutil.copytree(trained / earlier, tmp_path / earlier)
+    train(tmp_path, "transformer", "optim.max_steps=12")
+    with (tmp_path / "transformer" / "logs" / "version_1" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["train/lr"]] == ["8", "9", "10", "11"]
+    # Its first batch starts the clock.
+    assert [row["step"] for row in rows if row["perf/mfu"]] == ["9", "10", "11"]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +198,9 @@ def test_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 
     calls: list[int] = []
     monkeypatch.setattr(dvae_module, "logit_laplace_nll", diverge)
-    with pytest.raises(ValueError, match=r"gradient must stay finite, got norm nan at step 5; set a lower"):
+    with pytest.raises(
+        ValueError, match=r"gradient must stay finite, got norm nan at step 5; the last checkpoint is good"
+    ):
         train(tmp_path, "dvae")
     content = read_checkpoint(last(tmp_path, "dvae"))
     assert content["global_step"] == 4

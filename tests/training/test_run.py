@@ -138,7 +138,7 @@ def test_cut_captions_are_counted_in_the_summary(
     # 20 steps of 4 are two epochs of the 40 samples; 8 are for validation.
     summary = train(tmp_path, stage, *short, "optim.max_steps=20")
     assert (summary["cut_captions"], summary["bad_samples"]) == (48, 0)
-    assert caplog.messages[-1] == "48 of 48 captions had too many tokens and were cut"
+    assert caplog.messages[-1] == "48 of the captions that were read had too many tokens and were cut"
 
 
 def test_tokenizer_file_of_the_library_trains_the_later_stages(train: Train, trained: Path, tmp_path: Path) -> None:
@@ -192,6 +192,11 @@ def test_transformer_trains_in_bf16(train: Train, trained: Path, tmp_path: Path)
         assert summary[name] == pytest.approx(precise[name], rel=0.01)
     weights = read_checkpoint(last(tmp_path, "transformer"))["state_dict"].values()
     assert {tensor.dtype for tensor in weights} == {torch.float32}
+
+
+def test_progress_bar_can_be_left_out(train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path, "dvae", "trainer.enable_progress_bar=false")["step"] == 8
+    assert "step/s" not in capfd.readouterr().err
 
 
 def test_memorises_one_batch(train: Train, tmp_path: Path) -> None:

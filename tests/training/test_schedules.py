@@ -72,12 +72,12 @@ def test_decay_can_end_before_training_does() -> None:
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
         ({"warmup_steps": 1000}, r"warmup_steps must be in \[0, max_steps = 1000\), got 1000"),
         ({"decay_steps": 2000}, r"decay_steps must be 0 or in .*\(100, 1000\], got 2000"),
-        ({"lr": 0.0}, "lr must be > 0, got 0.0"),
+        ({"lr": 0.0}, "lr must be a finite number > 0, got 0.0"),
         ({"final_lr": 1.0}, r"final_lr must be in \[0, lr = 0.001\], got 1.0"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"ema_interval": 0}, "ema_interval must be >= 1, got 0"),
         ({"ema_decay": 0.0, "ema_interval": 25}, "ema_interval must be 1 without an average.*got 25"),
-        ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number >= 0, got -0.1"),
     ],
 )
 def test_number_out_of_range_is_named(change: dict[str, float], message: str) -> None:

@@ -98,8 +98,8 @@ class TransformerConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"TransformerConfig.dropout must be in [0, 1), got {self.dropout}")
         for name in ("init_scale", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"TransformerConfig.{name} must be > 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"TransformerConfig.{name} must be a finite number > 0, got {getattr(self, name)}")
         if isinstance(self.attention, list):  # out of YAML and JSON
             object.__setattr__(self, "attention", tuple(self.attention))
         for pattern in (*self.layer_patterns, "conv"):

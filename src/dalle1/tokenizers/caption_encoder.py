@@ -42,7 +42,10 @@ class CaptionEncoder:
         ids = self._tokenizer.ids(caption)
         seq_len = self._tokenizer.seq_len
         if not self._truncate:
-            self._tokenizer.check_length(ids, caption)
+            try:
+                self._tokenizer.check_length(ids, caption)
+            except ValueError as error:
+                raise ValueError(f"{error}; truncate_captions=true would cut it") from error
         is_cut = len(ids) > seq_len
         if draw is not None and self._splitter is not None:
             # A text's hash, so that numbers which lie close give draws that have nothing in common.

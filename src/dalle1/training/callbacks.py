@@ -94,7 +94,7 @@ class ValidationPictures(pl.Callback):
 
 
 class LastCheckpoint(pl.Callback):
-    """Saves `last.ckpt` every so many updates; the file is always whole."""
+    """Saves `last.ckpt` every so many updates and after the last one; the file is always whole."""
 
     def __init__(self, directory: str, every_n_steps: int) -> None:
         """Save into `directory` every `every_n_steps` updates, >= 1.
@@ -112,7 +112,7 @@ class LastCheckpoint(pl.Callback):
     ) -> None:
         """Save if it is time."""
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._last_saved:
+        if (step % self.every_n_steps == 0 or step == trainer.max_steps) and step != self._last_saved:
             self._last_saved = step
             trainer.save_checkpoint(self.path)
 

@@ -8,6 +8,7 @@ Not counted: the dVAE that makes the image tokens, scratch of single operations 
 for themselves, what the allocator cannot use. All parts are added up, though gradients appear while activations go.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 
 from dalle1.models.accounting import Weights, count_activations, count_flops, count_head_scratch
@@ -28,8 +29,8 @@ class Hardware:
     def __post_init__(self) -> None:
         check_field_types(self)
         for name in ("gpu_gigabytes", "teraflops"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"plan.{name} must be > 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"plan.{name} must be a finite number > 0, got {getattr(self, name)}")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"plan.mfu must be in (0, 1], got {self.mfu}")
 

@@ -53,8 +53,8 @@ class OptimConfig:
                 f"optim.warmup_steps must be in [0, max_steps = {self.max_steps}), got {self.warmup_steps}"
             )
         for name in ("lr", "eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"optim.{name} must be > 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} must be a finite number > 0, got {getattr(self, name)}")
         if not 0 <= self.final_lr <= self.lr:
             raise ValueError(f"optim.final_lr must be in [0, lr = {self.lr}], got {self.final_lr}")
         for name in ("beta1", "beta2", "ema_decay"):
@@ -65,8 +65,8 @@ class OptimConfig:
                 f"optim.ema_interval must be 1 without an average, as ema_decay is 0, got {self.ema_interval}"
             )
         for name in ("weight_decay", "grad_clip_norm", "variance_clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} must be a finite number >= 0, got {getattr(self, name)}")
         if self.variance_clip:
             # Of one squared gradient the first variance is (1 - beta2): it must need no clipping, see `clip_variance`.
             bound = math.sqrt(self.variance_clip / (1 - self.beta2))

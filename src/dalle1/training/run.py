@@ -42,7 +42,7 @@ from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from dalle1.tokenizers.text_file import load_text_tokenizer
 from dalle1.training.allocator import keep_freed_memory
-from dalle1.training.callbacks import AtomicCheckpointIO
+from dalle1.training.callbacks import AtomicCheckpointIO, RunProgress
 from dalle1.training.clip_module import CLIPModule
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
@@ -228,7 +228,7 @@ def check_sizes(name: str, config: object, **needed: int) -> None:
         if getattr(config, field) != value:
             raise ValueError(
                 f"the {name}'s {field} must be {value}, as its tokenizers and data have it, "
-                f"got {getattr(config, field)}; set model.{field}={value}"
+                f"got {getattr(config, field)}; set {'grid_size' if field.startswith('grid_') else field}={value}"
             )
 
 
@@ -244,6 +244,8 @@ def _load_dvae(path: Path) -> ImageTokenizer:
 def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, run_dir: Path) -> dict[str, Any] | None:
     """Train to the last step and return the validation metrics; None if an earlier run did."""
     if module.text_tokenizer is not None:
+        if type(cfg.truncate_captions) is not bool:
+            raise ValueError(f"truncate_captions must be true or false, got {cfg.truncate_captions!r}")
         dropout = module.optim.bpe_dropout if isinstance(module, TransformerModule) else 0.0
         data.encode_text = CaptionEncoder(module.text_tokenizer, truncate=cfg.truncate_captions, bpe_dropout=dropout)
     optim = asdict(module.optim)
@@ -256,6 +258,11 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         step = _check_same_run(checkpoint, module)
         if step >= module.optim.max_steps and (run_dir / SUMMARY).exists():
             return None
+        if step > module.optim.max_steps:
+            raise ValueError(
+                f"optim.max_steps must be at least {step}, where '{os.path.relpath(run_dir)}' was interrupted, got "
+                f"{module.optim.max_steps}; leave it as it was, or choose another name="
+            )
         logger.info("continuing '%s' from step %d", os.path.relpath(run_dir), step)
     # All input is checked before the first file is written.
     data.prepare_data()
@@ -272,7 +279,6 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     start = checkpoint if checkpoint.exists() else None
     with _ctrl_c_stays_itself():
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
-        trainer.save_checkpoint(checkpoint)
         metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
     if trainer.is_global_zero:
         starts = sorted(run_dir.glob("logs/*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
@@ -301,8 +307,7 @@ def _report_findings(data: PairDataModule) -> dict[str, int]:
     kinds = data.count_findings()
     n_cut = kinds.pop(CUT_CAPTION, 0)
     if n_cut:
-        cut = f"{n_cut:,} of {data.n_samples_used:,} captions had too many tokens and were cut"
-        rank_zero_only(logger.warning)(cut)
+        rank_zero_only(logger.warning)(f"{n_cut:,} of the captions that were read had too many tokens and were cut")
     if kinds:
         reasons = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())
         skipped = f"{kinds.total():,} of {data.n_samples_used:,} samples skipped: {reasons}"
@@ -315,9 +320,12 @@ def _check_same_run(checkpoint: Path, module: StageModule) -> int:
     """Step of an earlier run's checkpoint. Raises: ValueError if this run would train something else."""
     content = read_checkpoint(checkpoint)
     saved, wanted = content[RECORD_KEY], module.record
-    changed = [name for name in wanted if saved.get(name) != wanted[name]]
-    for group, now in module.options.items():
-        before = content.get(OPTIONS_KEY, {}).get(group, {})
+    if saved["kind"] != wanted["kind"]:
+        raise ValueError(f"'{checkpoint}' must hold a {wanted['kind']}, got a {saved['kind']}; choose another name=")
+    changed = [name for name in wanted if saved.get(name) != wanted[name] and name != "model_config"]
+    groups = [("model", wanted["model_config"], saved["model_config"])]
+    groups += [(group, now, content.get(OPTIONS_KEY, {}).get(group, {})) for group, now in module.options.items()]
+    for group, now, before in groups:
         differing = [name for name in now if before.get(name) != now[name]]
         changed += [f"{group}.{name} ({before.get(name)}, not {now[name]})" for name in differing]
     if changed:
@@ -355,6 +363,9 @@ def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Tr
     check_precision(str(arguments.get("precision", "")), module.optim)
     if arguments.get("val_check_interval") == 0:
         raise ValueError("trainer.val_check_interval must be >= 1 update, got 0")
+    callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
+    if arguments.get("enable_progress_bar") is False:
+        callbacks = [each for each in callbacks if not isinstance(each, RunProgress)]
     try:
         return pl.Trainer(
             **arguments,
@@ -365,7 +376,7 @@ def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Tr
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             logger=list(instantiate(cfg.logger, _convert_="all").values()),
-            callbacks=list(instantiate(cfg.callbacks, _convert_="all").values()),
+            callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
             enable_checkpointing=False,
             default_root_dir=run_dir,

@@ -123,7 +123,7 @@ class StageModule(pl.LightningModule):
         if not torch.isfinite(norm):
             raise ValueError(
                 f"the gradient must stay finite, got norm {float(norm)} at step {self.global_step}; "
-                "set a lower optim.lr, then start again to continue from the last checkpoint"
+                "the last checkpoint is good: start again if this was chance, or choose a lower optim.lr and name="
             )
         if self.optim.variance_clip:
             clip_variance(optimizer, self.optim.variance_clip)

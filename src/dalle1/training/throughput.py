@@ -38,7 +38,8 @@ class Throughput(pl.Callback):
     """Logs `perf/tokens_per_second`, over all devices, and `perf/mfu`: the share of the machine that is used.
 
     The share is that of the operations which the model's definition asks for (see `models.accounting`) in what the
-    devices reach in plain matrix products, in the type that training multiplies in, measured when training starts.
+    devices reach in plain matrix products, in the type that training multiplies in or in fp32 if that is faster,
+    measured when training starts.
     Time for validation, pictures and checkpoints is left out. Of stages whose module does not say what a sample costs
     nothing is logged.
     """
@@ -55,7 +56,9 @@ class Throughput(pl.Callback):
             return
         device = pl_module.device
         side = _CPU_SIDE if device.type == "cpu" else _GPU_SIDE
-        self._rate = matmul_rate(device, pl_module.product_dtype, side=side) * trainer.world_size
+        # A CPU may be slow in 16 bits, and not every product has these.
+        types = {pl_module.product_dtype, torch.float32}
+        self._rate = max(matmul_rate(device, each, side=side) for each in types) * trainer.world_size
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
