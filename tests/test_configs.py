@@ -225,7 +225,7 @@ def test_misspelt_optim_is_refused() -> None:
         ("model.vocab_size=many", "DVAEConfig.vocab_size must be a whole number, got 'many'"),
         ("model.n_hid=30", "n_hid must be divisible by 4.*got 30"),
         ("+model.vocab_sise=3", "unexpected keyword argument 'vocab_sise'"),
-        ("optim.lr=-1", r"optim.lr must be > 0, got -1"),
+        ("optim.lr=-1", r"optim.lr must be a finite number > 0, got -1"),
         ("optim.max_steps=0", r"optim.max_steps must be >= 1, got 0"),
         ("optim.beta2=1.5", r"optim.beta2 must be in \[0, 1\), got 1.5"),
     ],
