@@ -22,7 +22,11 @@ def sample(cfg: DictConfig) -> None:
     numbers = {"candidates": cfg.candidates, "seed": cfg.seed, "batch_size": cfg.batch_size}
     guidance_scale = 1.0 if cfg.guidance_scale is None else cfg.guidance_scale
     sampling = SamplingConfig(
-        temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, guidance_scale=guidance_scale
+        temperature=cfg.temperature,
+        temperature_end=cfg.temperature_end,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        guidance_scale=guidance_scale,
     )
     out = None if cfg.out is None else check_directory(cfg.out)
     device = choose_device(cfg.device)
@@ -30,7 +34,9 @@ def sample(cfg: DictConfig) -> None:
     if cfg.guidance_scale is None:
         sampling = replace(sampling, guidance_scale=pipeline.default_guidance_scale)
     with progress_bar() as on_progress:
-        results = pipeline(prompts, sampling=sampling, on_progress=on_progress, **numbers)
+        results = pipeline(
+            prompts, sampling=sampling, negative_prompt=cfg.negative_prompt, on_progress=on_progress, **numbers
+        )
     out = out or default_directory(f"runs/{cfg.name}/samples", prompts)
     settings = {str(name): value for name, value in cfg.items()} | asdict(sampling)
     print(write_run(results, out, settings=settings, checkpoints=pipeline.checkpoints))
@@ -51,7 +57,7 @@ def main() -> None:
         sample,
         config_dir=Path(__file__).resolve().parent / "conf",
         config_name="sample",
-        text_options=("prompt",),
+        text_options=("prompt", "negative_prompt"),
         path_options=("prompts_file", "name", "transformer", "dvae", "clip", "out"),
     )
 

@@ -77,6 +77,21 @@ def test_guidance_needs_a_transformer_that_was_trained_for_it(pipeline: Pipeline
     assert not torch.equal(*tokens)
 
 
+def test_negative_prompt_takes_the_place_of_no_caption(pipeline: Pipeline) -> None:
+    able = Pipeline(replace(pipeline.transformer, caption_dropout=0.1), pipeline.image_tokenizer)
+    guided, prompt = SamplingConfig(guidance_scale=20), ["two green stars"]
+    plain, negative, itself = (
+        able(prompt, candidates=9, sampling=guided, negative_prompt=text)[0].image_tokens
+        for text in (None, "a red circle", "two green stars")
+    )
+    assert not torch.equal(negative, plain)
+    assert torch.equal(itself, pipeline(prompt, candidates=9)[0].image_tokens)
+    with pytest.raises(ValueError, match="a negative prompt needs a guidance_scale other than 1"):
+        able(prompt, negative_prompt="a red circle")
+    with pytest.raises(ValueError, match="prompt must not be empty"):
+        able(prompt, sampling=guided, negative_prompt=" ")
+
+
 def test_candidates_are_sorted_by_their_score(ranking_pipeline: Pipeline, pipeline: Pipeline) -> None:
     ranked = ranking_pipeline(["a red circle"], candidates=6)[0]
     unranked = pipeline(["a red circle"], candidates=6)[0]
@@ -133,7 +148,7 @@ def test_prompt_too_long_for_the_clip_is_refused_before_sampling(
     short = TextTokenizer.train(["a"], TextTokenizerConfig(vocab_size=256, seq_len=4))
     transformer = load_transformer(checkpoints["transformer"])
     pipeline = Pipeline(transformer, load_image_tokenizer(checkpoints["dvae"]), replace(clip, text_tokenizer=short))
-    monkeypatch.setattr(transformer.model, "prefill", None)
+    monkeypatch.setattr("dalle1.pipeline.generate", None)
     with pytest.raises(ValueError, match="prompt must have at most 4 tokens, as the CLIP was trained with, got 5"):
         pipeline(["abcde"])
 

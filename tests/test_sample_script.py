@@ -98,6 +98,12 @@ def test_prompts_file_without_ranking(work: Path, sample: Callable[..., None]) -
         assert grid.width == 384
 
 
+def test_temperatures_of_rows_are_in_the_manifest(work: Path, sample: Callable[..., None]) -> None:
+    sample("prompt=a", "candidates=2", "rerank=none", "temperature=[1,0.5,0]", "out=rows")
+    settings = json.loads((work / "rows" / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    assert (settings["temperature"], settings["temperature_end"]) == ([1, 0.5, 0], None)
+
+
 def test_exported_checkpoints_give_the_same_pictures(work: Path, sample: Callable[..., None]) -> None:
     stages = {"transformer": load_transformer, "dvae": load_dvae, "clip": load_clip}
     for stage, load in stages.items():
@@ -118,7 +124,10 @@ def test_exported_checkpoints_give_the_same_pictures(work: Path, sample: Callabl
         (["prompt=" + "z" * 41], "prompt must have at most 40 tokens, as the transformer was trained with, got 41"),
         (["prompt=a", "candidates=0"], "candidates must be >= 1, got 0"),
         (["prompt=a", "candidates=many"], "candidates must be an integer >= 1, got 'many'"),
-        (["prompt=a", "temperature=0"], "temperature must be a finite number > 0, got 0"),
+        (["prompt=a", "temperature=-1"], "temperature must be a finite number >= 0 (0 is greedy), got -1"),
+        (["prompt=a", "temperature=[1,2]"], "temperature must be one number or one for each of 3 rows, got 2"),
+        (["prompt=a", "temperature=hot"], "SamplingConfig.temperature must be a number, got 'hot'"),
+        (["prompt=a", "negative_prompt=b"], "a negative prompt needs a guidance_scale other than 1, got 1"),
         (["prompt=a", "guidance_scale=2"], "guidance needs a transformer trained with optim.caption_dropout > 0"),
         (["prompt=a", "rerank=best"], "rerank must be clip or none, got 'best'"),
         (

@@ -98,6 +98,7 @@ class Pipeline:
         candidates: int = 1,
         seed: int = 0,
         sampling: SamplingConfig = DEFAULT_SAMPLING,
+        negative_prompt: str | None = None,
         batch_size: int = 128,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> list[PromptResult]:
@@ -111,12 +112,13 @@ class Pipeline:
             candidates: Pictures per prompt.
             seed: Another seed gives other pictures.
             sampling: Temperature, truncation and guidance of the distribution.
+            negative_prompt: What guidance leads away from, instead of from pictures without a caption.
             batch_size: Sequences decoded at once.
             on_progress: Called after each decoding step.
 
         Raises:
-            ValueError: If there is no prompt, one is empty or too long, a number is too small, or guidance is asked
-                of a transformer that was not trained for it.
+            ValueError: If there is no prompt, one is empty or too long, a number is too small, guidance is asked of a
+                transformer that was not trained for it, or there is a negative prompt without guidance.
             TypeError: If a prompt is no text or a number not whole.
         """
         prompts = self._checked(prompts)
@@ -128,12 +130,16 @@ class Pipeline:
                 "guidance needs a transformer trained with optim.caption_dropout > 0, this one was not; "
                 f"set guidance_scale=1, got {sampling.guidance_scale}"
             )
+        negative = None
+        if negative_prompt is not None:
+            negative = self._text_tokenizer.encode(self._checked([negative_prompt])).to(self._device)
         seeds = [candidate_seeds(seed, prompt, candidates) for prompt in prompts]
         image_tokens = generate(
             self.transformer.model,
             self._text_tokenizer.encode(prompts).to(self._device),
             seeds=seeds,
             config=sampling,
+            negative=negative,
             batch_size=batch_size,
             on_progress=on_progress,
         )

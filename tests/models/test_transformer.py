@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle1.models.accounting import count_weights
-from dalle1.models.kv_cache import KVCache
 from dalle1.models.options import AttentionBackend, AttentionPattern
 from dalle1.models.transformer import Block, DalleTransformer, TransformerConfig
 
@@ -33,36 +32,6 @@ def _tokens(model: DalleTransformer, batch: int) -> tuple[Tensor, Tensor]:
     text = torch.randint(config.text_vocab_size, (batch, config.text_seq_len), generator=generator)
     text[:, -1] = config.text_vocab_size + config.text_seq_len - 1  # padding
     return text, torch.randint(config.image_vocab_size, (batch, config.image_seq_len), generator=generator)
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"conv_offsets": "raster"},
-        {"attention": "full"},
-        {"attention": ("full", "conv", "column", "row")},
-        {"start": "two"},
-        {"start": "two", "attention": ("column", "column", "conv", "full")},
-        {"padding": "shared", "padding_has_position": False},
-        {"activation": "gelu", "dropout": 0.5, "mlp_ratio": 2},
-    ],
-    ids=str,
-)
-def test_logits_with_a_cache_equal_logits_without_at_every_position(
-    make_transformer: MakeTransformer, options: dict[str, Any], batch: int
-) -> None:
-    model = make_transformer(**options)
-    text, image = _tokens(model, batch)
-    with torch.inference_mode():
-        _, expected = model(text, image)
-        logits, cache = model.prefill(text)
-        for position in range(model.config.image_seq_len):
-            # Equal up to rounding: matrix products sum in another order for another number of rows.
-            torch.testing.assert_close(logits, expected[:, position], atol=2e-5, rtol=1e-4)
-            if position < model.config.image_seq_len - 1:
-                logits = model.decode(image[:, position], cache)
 
 
 @pytest.mark.parametrize("start", ["one", "two"])
@@ -224,15 +193,6 @@ def test_padding_can_share_one_vector(make_transformer: MakeTransformer) -> None
     assert not torch.equal(states[0], states[1])
 
 
-def test_masks_of_a_layer_follow_its_pattern(make_transformer: MakeTransformer) -> None:
-    model = make_transformer(**SMALL)
-    mask = model.mask("column", torch.device("cpu"))
-    assert mask.shape == (9, 9)
-    assert mask[4:, 4:].nonzero().tolist() == [
-        [query, key] for query in range(5) for key in range(query + 1) if query % 3 == key % 3
-    ]
-
-
 def test_padding_at_each_position_has_its_own_vector(make_transformer: MakeTransformer) -> None:
     model = make_transformer(**SMALL)
     text, image = _tokens(model, 1)
@@ -240,16 +200,6 @@ def test_padding_at_each_position_has_its_own_vector(make_transformer: MakeTrans
     other[0, -1] = 0
     assert not torch.equal(model(text, image)[1], model(other, image)[1])
     assert model.text_embedding.num_embeddings == 10 + 3
-
-
-def test_cat_of_caches_continues_every_sequence(make_transformer: MakeTransformer) -> None:
-    model = make_transformer()
-    text, image = _tokens(model, 2)
-    with torch.inference_mode():
-        caches = [model.prefill(text[i : i + 1])[1] for i in (0, 1)]
-        together = model.decode(image[[0, 1, 0], 0], KVCache.cat([caches[0], caches[1], caches[0]]))
-        alone = [model.decode(image[i : i + 1, 0], cache) for i, cache in enumerate(caches)]
-    torch.testing.assert_close(together, torch.cat([alone[0], alone[1], alone[0]]))
 
 
 def test_paper_configuration_has_12_billion_parameters() -> None:

@@ -31,10 +31,35 @@ def test_temperature_divides_logits() -> None:
     torch.testing.assert_close(apply_temperature(LOGITS, 2.0).softmax(-1), (LOGITS / 2).softmax(-1))
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 5e-324])
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 0])
 def test_lowest_temperatures_leave_only_the_most_likely_code(temperature: float) -> None:
     probs = apply_temperature(LOGITS[:1], temperature).softmax(-1)
     assert probs.tolist() == [[0, 1, 0, 0, 0]]
+
+
+def test_temperature_0_takes_the_lowest_of_equals() -> None:
+    assert _kept(apply_temperature(LOGITS[1:], 0)) == [[0]]
+
+
+def test_temperatures_of_positions() -> None:
+    assert SamplingConfig(temperature=0.7).temperatures(2, 3) == [0.7] * 6
+    assert SamplingConfig(temperature=(0.5, 2)).temperatures(2, 3) == [0.5] * 3 + [2] * 3
+    even = SamplingConfig(temperature=1.0, temperature_end=0.5).temperatures(2, 3)
+    assert even == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
+    assert SamplingConfig(temperature=1.0, temperature_end=0.5).temperatures(1, 1) == [1.0]
+    with pytest.raises(ValueError, match="temperature must be one number or one for each of 3 rows, got 2"):
+        SamplingConfig(temperature=(0.5, 2)).temperatures(3, 2)
+
+
+@given(st.floats(0, 5), st.floats(0, 5), st.integers(1, 9), st.integers(2, 9))
+def test_changing_temperature_is_exact_at_its_ends_and_stays_between(
+    first: float, last: float, height: int, width: int
+) -> None:
+    temperatures = SamplingConfig(temperature=first, temperature_end=last).temperatures(height, width)
+    assert (temperatures[0], temperatures[-1]) == (first, last)
+    slack = 1e-12
+    assert min(temperatures) >= max(0, min(first, last) - slack)
+    assert max(temperatures) <= max(first, last) + slack
 
 
 def test_top_k_keeps_the_k_largest_and_does_not_change_them() -> None:
@@ -72,11 +97,11 @@ def test_top_p_of_1_is_off() -> None:
 
 def test_top_p_counts_only_what_top_k_left() -> None:
     # Of 0.4 and 0.25 the first alone has 0.615.
-    assert _kept(filter_logits(LOGITS[:1], SamplingConfig(top_k=2, top_p=0.6))) == [[1]]
+    assert _kept(filter_logits(LOGITS[:1], SamplingConfig(top_k=2, top_p=0.6), 1.0)) == [[1]]
 
 
 def test_default_settings_keep_the_distribution() -> None:
-    torch.testing.assert_close(filter_logits(LOGITS, SamplingConfig()).softmax(-1), LOGITS.softmax(-1))
+    torch.testing.assert_close(filter_logits(LOGITS, SamplingConfig(), 1.0).softmax(-1), LOGITS.softmax(-1))
 
 
 def test_guidance_goes_from_no_caption_to_the_caption_and_beyond() -> None:
@@ -106,10 +131,13 @@ def test_filters_agree_with_sorting_the_codes_one_by_one(row: list[float], top_k
 @pytest.mark.parametrize(
     ("option", "error", "message"),
     [
-        ({"temperature": 0.0}, ValueError, "temperature must be a finite number > 0, got 0"),
-        ({"temperature": -1}, ValueError, "temperature must be a finite number > 0, got -1"),
-        ({"temperature": math.nan}, ValueError, "temperature must be a finite number > 0, got nan"),
-        ({"temperature": math.inf}, ValueError, "temperature must be a finite number > 0, got inf"),
+        ({"temperature": -1}, ValueError, r"temperature must be a finite number >= 0 \(0 is greedy\), got -1"),
+        ({"temperature": math.nan}, ValueError, r"temperature must be a finite number >= 0 \(0 is greedy\), got nan"),
+        ({"temperature": math.inf}, ValueError, r"temperature must be a finite number >= 0 \(0 is greedy\), got inf"),
+        ({"temperature": [1.0, -2]}, ValueError, r"temperature must be a finite number >= 0 \(0 is greedy\), got -2"),
+        ({"temperature_end": -1}, ValueError, r"temperature_end must be a finite number >= 0 \(0 is greedy\), got -1"),
+        ({"temperature_end": True}, TypeError, "temperature_end must be a number, got True"),
+        ({"temperature": (1.0, 0.5), "temperature_end": 1.0}, ValueError, "must be one number with temperature_end"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
         ({"guidance_scale": -1}, ValueError, "guidance_scale must be a finite number >= 0, got -1"),
         ({"guidance_scale": math.inf}, ValueError, "guidance_scale must be a finite number >= 0, got inf"),

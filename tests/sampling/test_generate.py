@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle1.models.kv_cache import KVCache
+from dalle1.models.decoding import Decoder, TextStates
 from dalle1.models.transformer import DalleTransformer
 from dalle1.sampling.filters import SamplingConfig
 from dalle1.sampling.generate import Progress, candidate_seeds, draw_codes, generate
@@ -89,29 +89,75 @@ def test_tokens_do_not_depend_on_the_batch_size(transformer: DalleTransformer, b
     assert torch.equal(generate(transformer, text, seeds=seeds, batch_size=batch_size), expected)
 
 
-@pytest.mark.parametrize("n_candidates", [1, 16, 17, 40])
-def test_sequences_are_always_decoded_in_multiples_of_16(
-    make_transformer: MakeTransformer, monkeypatch: pytest.MonkeyPatch, n_candidates: int
-) -> None:
-    transformer = make_transformer()
-    rows: list[int] = []
-    decode = transformer.decode
-
-    def count(tokens: Tensor, cache: KVCache) -> Tensor:
-        rows.append(len(tokens))
-        return decode(tokens, cache)
-
-    monkeypatch.setattr(transformer, "decode", count)
-    generate(transformer, _text(transformer, 1), seeds=[list(range(n_candidates))], batch_size=20)
-    assert {n % 16 for n in rows} == {0}
-
-
 def test_tokens_do_not_depend_on_the_order_of_prompts_and_candidates(transformer: DalleTransformer) -> None:
     text = _text(transformer, 3)
     seeds = [candidate_seeds(2, str(prompt), 4) for prompt in range(3)]
     expected = generate(transformer, text, seeds=seeds)
     backwards = generate(transformer, text.flip(0), seeds=[row[::-1] for row in seeds[::-1]])
     assert torch.equal(backwards.flip(0, 1), expected)
+
+
+def test_temperature_0_is_greedy(transformer: DalleTransformer) -> None:
+    text = _text(transformer, 1)
+    tokens = generate(transformer, text, seeds=[[1, 2]], config=SamplingConfig(temperature=0))
+    assert torch.equal(tokens[0, 0], tokens[0, 1])
+    with torch.inference_mode():
+        logits = transformer(text, tokens[:, 0].flatten(1))[1]
+    assert torch.equal(logits.argmax(-1), tokens[:, 0].flatten(1))
+
+
+def test_each_position_has_its_temperature(transformer: DalleTransformer) -> None:
+    text, seeds = _text(transformer, 1), [list(range(8))]
+    greedy = generate(transformer, text, seeds=seeds, config=SamplingConfig(temperature=0))
+    mixed = generate(transformer, text, seeds=seeds, config=SamplingConfig(temperature=(0.0, 5.0, 5.0)))
+    assert torch.equal(mixed[:, :, 0], greedy[:, :, 0])
+    assert len({tuple(grid.flatten().tolist()) for grid in mixed[0]}) == 8
+
+
+def test_guidance_leads_away_from_the_negative_text(transformer: DalleTransformer) -> None:
+    text, config = _text(transformer, 2), SamplingConfig(guidance_scale=2.0)
+    empty = transformer.empty_text()
+    expected = generate(transformer, text, seeds=[[1], [2]], config=config)
+    assert torch.equal(generate(transformer, text, seeds=[[1], [2]], config=config, negative=empty), expected)
+    other = generate(transformer, text, seeds=[[1], [2]], config=config, negative=text[:1])
+    # Led away from itself, a text is where it was.
+    assert torch.equal(other[0], generate(transformer, text[:1], seeds=[[1]])[0])
+    assert not torch.equal(other[1], expected[1])
+    with pytest.raises(ValueError, match="a negative prompt needs a guidance_scale other than 1"):
+        generate(transformer, text, seeds=[[1], [2]], negative=empty)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
+def test_given_tokens_stay_and_the_rest_follows_from_them(transformer: DalleTransformer, guidance_scale: float) -> None:
+    text, config = _text(transformer, 2), SamplingConfig(guidance_scale=guidance_scale)
+    seeds = [[1, 2, 3], [4, 5, 6]]
+    free = generate(transformer, text, seeds=seeds, config=config)
+    given = torch.full((2, 3, 4), -1)
+    given[0, 1, 2], given[1, 0, :] = 7, torch.tensor([1, 2, 3, 4])
+    tokens = generate(transformer, text, seeds=seeds, config=config, given=given, batch_size=2)
+    fixed = (given >= 0)[:, None].expand_as(tokens)
+    assert torch.equal(tokens[fixed], given[:, None].expand_as(tokens)[fixed])
+    # Before the first given token nothing is different.
+    assert torch.equal(tokens[0].flatten(1)[:, :6], free[0].flatten(1)[:, :6])
+    # What was drawn is what is drawn if all before it is given.
+    everything = tokens[:, 0].clone()
+    everything[:, 2, 1:] = -1
+    again = generate(transformer, text, seeds=[row[:1] for row in seeds], config=config, given=everything)
+    assert torch.equal(again[:, 0], tokens[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.full((1, 4, 3), -1), r"must have shape \(prompts, height, width\) = \(1, 3, 4\), got \(1, 4, 3\)"),
+        (torch.full((2, 3, 4), -1), r"must have shape .*, got \(2, 3, 4\)"),
+        (torch.full((1, 3, 4), 32), r"must be -1 or in \[0, 32\), got 32 to 32"),
+        (torch.full((1, 3, 4), -5), r"must be -1 or in \[0, 32\), got -5 to -5"),
+    ],
+)
+def test_given_tokens_that_do_not_fit_are_refused(transformer: DalleTransformer, given: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(transformer, _text(transformer, 1), seeds=[[1]], given=given)
 
 
 def test_tokens_have_the_shape_and_range_of_the_grid(transformer: DalleTransformer) -> None:
@@ -131,13 +177,13 @@ def test_each_prompt_is_prefilled_once_also_across_batches(
 ) -> None:
     transformer = make_transformer()
     sizes: list[int] = []
-    prefill = transformer.prefill
+    prefill = Decoder.prefill
 
-    def count(text: Tensor) -> tuple[Tensor, KVCache]:
+    def count(self: Decoder, text: Tensor) -> TextStates:
         sizes.append(len(text))
-        return prefill(text)
+        return prefill(self, text)
 
-    monkeypatch.setattr(transformer, "prefill", count)
+    monkeypatch.setattr(Decoder, "prefill", count)
     generate(transformer, _text(transformer, 3), seeds=[[1, 2, 3, 4, 5]] * 3, batch_size=2)
     assert sizes == [1, 1, 1]
 

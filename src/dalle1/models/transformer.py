@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +26,6 @@ from dalle1.models.activations import QuickGELU
 from dalle1.models.attention import Attend, build_attention, resolve_backend
 from dalle1.models.attention_masks import StreamLayout, layer_patterns
 from dalle1.models.compilation import prepare_compiler
-from dalle1.models.kv_cache import KVCache
 from dalle1.models.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from dalle1.models.options import (
     Activation,
@@ -150,7 +147,7 @@ _CODE_HEAD_STD = 0.1
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, over a whole stream or over new states with a cache."""
+    """Multi-head self-attention."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -162,13 +159,6 @@ class Attention(nn.Module):
         """Attend from each state as `attend` does."""
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (b, s, 3, n_heads, head_dim)
         return self.out(attend(qkv).flatten(2))
-
-    def with_cache(self, x: Float[Tensor, "b s d"], mask: Tensor, cache: KVCache, layer: int) -> Float[Tensor, "b s d"]:
-        """Attend from `s` new states to all states stored so far and themselves, under a (s, stored) mask."""
-        q, k, v = rearrange(self.qkv(x), "b s (qkv heads d) -> qkv b heads s d", qkv=3, heads=self.n_heads)
-        k, v = cache.append(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (b, n_heads, s, head_dim)
-        return self.out(rearrange(y, "b heads s d -> b s (heads d)"))
 
 
 class Block(nn.Module):
@@ -200,11 +190,6 @@ class Block(nn.Module):
         x = residual(x, lambda x: self.dropout(self.attention(self.attention_norm(x), attend)), self.attention_scale)
         return residual(x, lambda x: self.dropout(self.mlp(self.mlp_norm(x))), self.mlp_scale)
 
-    def with_cache(self, x: Float[Tensor, "b s d"], mask: Tensor, cache: KVCache, layer: int) -> Float[Tensor, "b s d"]:
-        """Same shape, for `s` new states; see `Attention.with_cache`."""
-        x = x + self.attention.with_cache(self.attention_norm(x), mask, cache, layer)
-        return x + self.mlp(self.mlp_norm(x))
-
 
 class DalleTransformer(nn.Module):
     """Text and image tokens to the logits of each. Token ids are not offset at this boundary.
@@ -233,7 +218,6 @@ class DalleTransformer(nn.Module):
         self.image_head = nn.Linear(d, config.image_vocab_size)
         self.attention_backend: AttentionBackend = "auto"
         self._attends: dict[tuple[AttentionPattern, AttentionBackend, torch.device], Attend] = {}
-        self._masks: dict[tuple[AttentionPattern, torch.device], Tensor] = {}
         self.initialize()
 
     @torch.no_grad()
@@ -288,19 +272,13 @@ class DalleTransformer(nn.Module):
             if compiled:
                 block.compile(fullgraph=True, dynamic=False)
 
-    def mask(self, pattern: AttentionPattern, device: torch.device) -> Tensor:
-        """Bool (s, s) mask of one pattern over the whole stream; built once per device."""
-        if (pattern, device) not in self._masks:
-            self._masks[pattern, device] = self.config.layout.mask(pattern).to(device)
-        return self._masks[pattern, device]
-
     def _layers(self) -> Iterator[tuple[Block, AttentionPattern]]:
         """Blocks and their patterns, first to last."""
         return zip(cast("Iterable[Block]", self.blocks), self.config.layer_patterns, strict=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made again when it is needed, and cannot all be pickled."""
-        return self.__dict__ | {"_attends": {}, "_masks": {}}
+        return self.__dict__ | {"_attends": {}}
 
     def _attend(self, pattern: AttentionPattern, device: torch.device) -> Attend:
         config = self.config
@@ -415,30 +393,3 @@ class DalleTransformer(nn.Module):
                 f"image must have {config.grid_height} x {config.grid_width} = {config.image_seq_len} tokens, "
                 f"got {image_tokens.shape[1]}"
             )
-
-    def prefill(self, text_tokens: Int[Tensor, "b t"]) -> tuple[Float[Tensor, "b v"], KVCache]:
-        """Logits of the first image token, and the cache that `decode` continues from."""
-        config = self.config
-        x = self.embed_stream(text_tokens, text_tokens[:, :0])
-        cache = KVCache.empty(
-            n_layers=config.n_layers,
-            batch=len(x),
-            n_heads=config.n_heads,
-            length=config.text_seq_len + config.image_seq_len,
-            head_dim=config.d_model // config.n_heads,
-            like=x,
-        )
-        return self._advance(x, cache), cache
-
-    def decode(self, image_tokens: Int[Tensor, " b"], cache: KVCache) -> Float[Tensor, "b v"]:
-        """Logits of the next image token after appending `image_tokens`, one per sequence, to the cache."""
-        first = cache.length - 1 - self.config.text_seq_len
-        return self._advance(self.embed_image(image_tokens[:, None], first), cache)
-
-    def _advance(self, x: Float[Tensor, "b s d"], cache: KVCache) -> Float[Tensor, "b v"]:
-        """Run new states through all layers, store them, and return the image logits of the last one."""
-        start, stop = cache.length, cache.length + x.shape[1]
-        for layer, (block, pattern) in enumerate(self._layers()):
-            x = block.with_cache(x, self.mask(pattern, x.device)[start:stop, :stop], cache, layer)
-        cache.length = stop
-        return self.image_head(self.norm(x[:, -1]))

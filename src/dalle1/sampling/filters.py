@@ -4,6 +4,7 @@ Shapes: b sequences, v image vocabulary. A code that is ruled out has the logit 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,10 @@ from dalle1.models.options import check_field_types
 class SamplingConfig:
     """How codes are drawn. The defaults sample from the model's own distribution, as the paper does."""
 
-    temperature: float = 1.0  # below 1: safer pictures, above 1: more varied ones
+    # Below 1: safer pictures, above 1: more varied ones; 0 is greedy, the likeliest code. A number for each row of the
+    # grid, top to bottom, or one for all.
+    temperature: float | tuple[float, ...] = 1.0
+    temperature_end: float | None = None  # that of the last position, if it changes evenly from the first one on
     top_k: int = 0  # codes that stay possible at each position; 0 means all
     top_p: float = 1.0  # probability that the codes left possible must reach together; 1 means all
     # Classifier-free guidance (Ho and Salimans 2022): how far to go from the logits without the caption to those
@@ -27,14 +31,41 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"SamplingConfig.temperature must be a finite number > 0, got {self.temperature}")
+        if isinstance(self.temperature, Sequence) and not isinstance(self.temperature, str):  # out of YAML too
+            object.__setattr__(self, "temperature", tuple(self.temperature))
+        rows = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+        for name, value in [*(("temperature", row) for row in rows), ("temperature_end", self.temperature_end or 0)]:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"SamplingConfig.{name} must be a number, got {value!r}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"SamplingConfig.{name} must be a finite number >= 0 (0 is greedy), got {value}")
+        if self.temperature_end is not None and isinstance(self.temperature, tuple):
+            raise ValueError(
+                f"SamplingConfig.temperature must be one number with temperature_end, got {len(rows)}; leave out one"
+            )
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"SamplingConfig.guidance_scale must be a finite number >= 0, got {self.guidance_scale}")
         if self.top_k < 0:
             raise ValueError(f"SamplingConfig.top_k must be >= 0 (0 means all codes), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"SamplingConfig.top_p must be in (0, 1] (1 means all codes), got {self.top_p}")
+
+    def temperatures(self, grid_height: int, grid_width: int) -> list[float]:
+        """That of every position, in raster order.
+
+        Raises: ValueError if there is neither one temperature nor one for each row.
+        """
+        if isinstance(self.temperature, tuple):
+            if len(self.temperature) != grid_height:
+                raise ValueError(
+                    f"temperature must be one number or one for each of {grid_height} rows, got {len(self.temperature)}"
+                )
+            return [row for row in self.temperature for _ in range(grid_width)]
+        first, count = self.temperature, grid_height * grid_width
+        last = first if self.temperature_end is None else self.temperature_end
+        # Exact at both ends, and never outside of them.
+        shares = [position / max(1, count - 1) for position in range(count)]
+        return [first * (1 - share) + last * share for share in shares]
 
 
 DEFAULT_SAMPLING = SamplingConfig()
@@ -49,13 +80,17 @@ def guide(
     return without + guidance_scale * (with_caption - without)
 
 
-def filter_logits(logits: Float[Tensor, "b v"], config: SamplingConfig) -> Float[Tensor, "b v"]:
+def filter_logits(logits: Float[Tensor, "b v"], config: SamplingConfig, temperature: float) -> Float[Tensor, "b v"]:
     """Temperature, then top-k, then top-p, each on what the one before left."""
-    return keep_top_p(keep_top_k(apply_temperature(logits, config.temperature), config.top_k), config.top_p)
+    return keep_top_p(keep_top_k(apply_temperature(logits, temperature), config.top_k), config.top_p)
 
 
 def apply_temperature(logits: Float[Tensor, "b v"], temperature: float) -> Float[Tensor, "b v"]:
-    """Logits divided by the temperature; the largest of a row becomes 0, so no temperature is too low."""
+    """Logits divided by the temperature; the largest of a row becomes 0, so no temperature is too low.
+
+    0 keeps the likeliest code alone, the lowest of equals."""
+    if temperature == 0:
+        return keep_top_k(logits, 1)
     return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
 
 
@@ -63,7 +98,7 @@ def keep_top_k(logits: Float[Tensor, "b v"], top_k: int) -> Float[Tensor, "b v"]
     """Exactly the `top_k` largest logits of each row, the lower code first among equals; all of them for 0."""
     if not 0 < top_k < logits.shape[-1]:
         return logits
-    smallest = logits.topk(top_k).values[:, -1:]
+    smallest = logits.topk(top_k, sorted=False).values.amin(dim=-1, keepdim=True)  # sorting takes most of the time
     above, tied = logits > smallest, logits == smallest
     room = top_k - above.sum(dim=-1, keepdim=True)
     return _keep(logits, above | (tied & (tied.cumsum(dim=-1) <= room)))

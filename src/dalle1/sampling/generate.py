@@ -4,13 +4,9 @@ Reproducible: a candidate's tokens depend on its prompt, its seed, the settings 
 candidate has its own stream of random numbers, one per image position, and a number picks a code by the inverse
 of the cumulative distribution in float64, codes in ascending order.
 
-That needs logits which do not depend on the company of a sequence, and matrix products do not give that for free:
-libraries sum in another order for few rows. Measured in fp32 on an x86 CPU (torch 2.13 with MKL, inner sizes 64 to
-2048): a row of `F.linear` has the same bits for 16 to 256 rows but others for 1 to 15; attention is the same for
-any number. Such a difference in the last bits changes one token in 5,000 to 80,000, and then all that follow. So
-text is prefilled alone, and sequences are decoded in multiples of 16, filled up with copies that are thrown away.
-What remains: with several threads and inner sizes from 1024 on, and on a GPU, kernels may also change beyond 16
-rows; there only runs with the same number of sequences at once are sure to agree.
+That needs logits which do not depend on the company of a sequence to the last bit, or one token in 5,000 to 80,000
+would change, and then all that follow: `models.decoding` sees to it. On a GPU only runs with the same number of
+sequences at once are sure to agree.
 
 Shapes: p prompts, n candidates of each, b sequences decoded at once, t text_seq_len, v image vocabulary.
 """
@@ -23,8 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle1.models.kv_cache import KVCache
-from dalle1.models.transformer import DalleTransformer
+from dalle1.models.decoding import Decoder, Decoding, TextStates
+from dalle1.models.transformer import DalleTransformer, TransformerConfig
 from dalle1.sampling.filters import DEFAULT_SAMPLING, SamplingConfig, filter_logits, guide
 
 
@@ -36,13 +32,6 @@ class Progress:
     tokens: int
     candidates_done: int
     candidates: int
-
-
-# Logits of the first image token, and the cache to continue from.
-_Prefilled = tuple[Tensor, KVCache]
-
-# Rows that matrix products are filled up to a multiple of; see the module's docstring.
-ROW_MULTIPLE = 16
 
 
 def candidate_seeds(seed: int, prompt: str, n_candidates: int) -> list[int]:
@@ -62,6 +51,8 @@ def generate(
     *,
     seeds: Sequence[Sequence[int]],
     config: SamplingConfig = DEFAULT_SAMPLING,
+    negative: Int[Tensor, "1 t"] | None = None,
+    given: Int[Tensor, "p gh gw"] | None = None,
     batch_size: int = 128,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Int[Tensor, "p n gh gw"]:
@@ -72,48 +63,88 @@ def generate(
         text_tokens: Padded prompts, as the text tokenizer gives them.
         seeds: One list per prompt with one seed per candidate, all lists of the same length.
         config: Temperature, truncation and guidance of the distribution.
+        negative: The text that guidance leads away from; no caption if not given.
+        given: Image tokens that stay as they are, -1 where a token is to be sampled.
         batch_size: Sequences decoded at once, twice as many rows with guidance; time and memory depend on it, the
             tokens do not.
         on_progress: Called after each step.
 
     Raises:
-        ValueError: If the seeds do not fit the prompts, there are none, or `batch_size` is below 1.
+        ValueError: If the seeds do not fit the prompts, there are none, `batch_size` is below 1, `negative`, `given` or
+            `config.temperature` do not fit the rest, or the transformer is in training mode.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    sequences = _sequences(seeds, n_prompts=len(text_tokens))
-    length, device = transformer.config.image_seq_len, text_tokens.device
-    prefilled: dict[int, _Prefilled] = {}
-    empty = transformer.prefill(transformer.empty_text()) if config.guidance_scale != 1 else None
-    tokens = torch.empty(len(sequences), length, dtype=torch.int64, device=device)
-    for first in range(0, len(sequences), batch_size):
-        batch = sequences[first : first + batch_size]
-        # One prompt at a time, and once each: only the last prompt of a batch can go on in the next one.
-        prefilled = {
-            prompt: prefilled.get(prompt) or transformer.prefill(text_tokens[prompt : prompt + 1])
-            for prompt in dict.fromkeys(prompt for prompt, _ in batch)
-        }
-        starts = [prefilled[prompt] for prompt, _ in batch]
-        uniforms = _uniforms([seed for _, seed in batch], length)
-        for position, column in enumerate(_decode(transformer, starts, empty, uniforms, config)):
-            tokens[first : first + len(batch), position] = column
+    if negative is not None and config.guidance_scale == 1:
+        raise ValueError("a negative prompt needs a guidance_scale other than 1, got 1: there is nothing to lead away")
+    n = _candidates(seeds, n_prompts=len(text_tokens))
+    if given is not None:
+        _check_given(given, transformer.config, n_prompts=len(text_tokens))
+    length, decoder = transformer.config.image_seq_len, Decoder(transformer)
+    temperatures = config.temperatures(transformer.config.grid_height, transformer.config.grid_width)
+    untold = None
+    if config.guidance_scale != 1:
+        untold = decoder.prefill(transformer.empty_text() if negative is None else negative)
+    tokens = torch.empty(len(seeds), n, length, dtype=torch.int64, device=text_tokens.device)
+    done = 0
+    texts: dict[int, TextStates] = {}
+    for prompts, candidates in _batches(len(seeds), n, batch_size):
+        texts = {prompt: texts.get(prompt) or decoder.prefill(text_tokens[prompt : prompt + 1]) for prompt in prompts}
+        groups = [(list(texts.values()), len(candidates))]
+        if untold is not None:
+            groups.append(([untold], len(prompts) * len(candidates)))
+        uniforms = _uniforms([seeds[prompt][candidate] for prompt in prompts for candidate in candidates], length)
+        part = tokens[prompts.start : prompts.stop, candidates.start : candidates.stop]
+        fixed = None
+        if given is not None:
+            fixed = given[prompts.start : prompts.stop].flatten(1).repeat_interleave(len(candidates), 0)
+        decoding = Decoding(decoder, groups)
+        if len(prompts) > 1:
+            # The decoding has copies, and no prompt of several goes on in the next batch.
+            texts, groups = {}, []
+        columns = _decode(decoding, uniforms, config, temperatures, fixed)
+        for position, column in enumerate(columns, start=1):
+            part[..., position - 1] = column.view(len(prompts), len(candidates))
             if on_progress:
                 progress = Progress(
-                    tokens_done=first * length + (position + 1) * len(batch),
+                    tokens_done=done * length + position * len(column),
                     tokens=tokens.numel(),
-                    candidates_done=first + (len(batch) if position == length - 1 else 0),
-                    candidates=len(sequences),
+                    candidates_done=done + (len(column) if position == length else 0),
+                    candidates=len(seeds) * n,
                 )
                 on_progress(progress)
+        done += len(uniforms)
     return tokens.view(len(seeds), -1, transformer.config.grid_height, transformer.config.grid_width)
 
 
-def _sequences(seeds: Sequence[Sequence[int]], *, n_prompts: int) -> list[tuple[int, int]]:
-    """Number of the prompt and seed of every candidate, prompt by prompt."""
+def _check_given(given: Tensor, config: TransformerConfig, *, n_prompts: int) -> None:
+    shape = (n_prompts, config.grid_height, config.grid_width)
+    if given.shape != shape:
+        raise ValueError(f"given tokens must have shape (prompts, height, width) = {shape}, got {tuple(given.shape)}")
+    low, high = int(given.min()), int(given.max())
+    if low < -1 or high >= config.image_vocab_size:
+        raise ValueError(f"given tokens must be -1 or in [0, {config.image_vocab_size}), got {low} to {high}")
+
+
+def _candidates(seeds: Sequence[Sequence[int]], *, n_prompts: int) -> int:
+    """Candidates of each prompt."""
     counts = [len(row) for row in seeds]
     if len(seeds) != n_prompts or len(set(counts)) != 1 or counts[0] < 1:
         raise ValueError(f"seeds must be {n_prompts} lists of one same length >= 1, got lengths {counts}")
-    return [(prompt, seed) for prompt, row in enumerate(seeds) for seed in row]
+    return counts[0]
+
+
+def _batches(n_prompts: int, n_candidates: int, batch_size: int) -> Iterator[tuple[range, range]]:
+    """Prompts and candidates that are decoded together, at most `batch_size` sequences."""
+    if n_candidates <= batch_size:
+        yield from ((prompts, range(n_candidates)) for prompts in _chunks(n_prompts, batch_size // n_candidates))
+        return
+    for prompt in range(n_prompts):
+        yield from ((range(prompt, prompt + 1), candidates) for candidates in _chunks(n_candidates, batch_size))
+
+
+def _chunks(total: int, size: int) -> Iterator[range]:
+    return (range(first, min(first + size, total)) for first in range(0, total, size))
 
 
 def _uniforms(seeds: Sequence[int], length: int) -> Float[Tensor, "b n"]:
@@ -123,35 +154,33 @@ def _uniforms(seeds: Sequence[int], length: int) -> Float[Tensor, "b n"]:
 
 
 def _decode(
-    transformer: DalleTransformer,
-    starts: Sequence[_Prefilled],
-    empty: _Prefilled | None,
+    decoding: Decoding,
     uniforms: Float[Tensor, "b n"],
     config: SamplingConfig,
+    temperatures: Sequence[float],
+    given: Int[Tensor, "b n"] | None,
 ) -> Iterator[Int[Tensor, " b"]]:
-    """Tokens of one position after the other, from each sequence's prefilled text and random numbers.
+    """Tokens of one position after the other, from each sequence's random numbers.
 
-    With `empty`, the prefilled text without a caption, every sequence is decoded a second time without its
-    caption, in rows that follow all the others, and its logits are guided away from those.
+    With guidance `decoding` has every sequence a second time, without its caption, in rows that follow all the others,
+    and logits are guided away from those.
     """
-    wanted = len(starts)
-    padded = [starts[min(row, wanted - 1)] for row in range(wanted + -wanted % ROW_MULTIPLE)]
-    uniforms = torch.cat([uniforms, uniforms[-1:].expand(len(padded) - wanted, -1)])
-    rows = padded if empty is None else padded + [empty] * len(padded)
-    logits = torch.cat([first_logits for first_logits, _ in rows])
-    cache = KVCache.cat([text_cache for _, text_cache in rows])
+    guided = config.guidance_scale != 1
     # Apple's GPUs have no float64: there the codes are drawn on the CPU.
-    device = logits.device
+    device = decoding.logits.device
     drawing = torch.device("cpu") if device.type == "mps" else device
-    for position, column in enumerate(uniforms.T.contiguous().to(drawing), start=1):
-        logits = logits.to(drawing).double()
-        if empty is not None:
+    columns = uniforms.T.contiguous().to(drawing)
+    for position, temperature in enumerate(temperatures):
+        logits = decoding.logits.to(drawing).double()
+        if guided:
             with_caption, without = logits.chunk(2)
             logits = guide(with_caption, without, config.guidance_scale)
-        tokens = draw_codes(filter_logits(logits, config), column).to(device)
-        yield tokens[:wanted]
-        if position < uniforms.shape[1]:
-            logits = transformer.decode(tokens if empty is None else tokens.repeat(2), cache)
+        tokens = draw_codes(filter_logits(logits, config, temperature), columns[position]).to(device)
+        if given is not None:
+            tokens = torch.where(given[:, position] >= 0, given[:, position], tokens)
+        yield tokens
+        if position + 1 < len(temperatures):
+            decoding.step(tokens.repeat(2) if guided else tokens)
 
 
 def draw_codes(logits: Float[Tensor, "b v"], uniforms: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
