@@ -10,7 +10,7 @@ PEER := --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6 axial
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test bench-dvae bench-transformer bench-transformer-loss bench-gpu lint types clean
+.PHONY: help setup demo test bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-gpu lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-22s %s\n", $$1, $$2}'
@@ -44,6 +44,10 @@ bench-transformer: $(STAMP)  ## speed and memory of our transformer against DALL
 bench-transformer-loss: $(STAMP)  ## loss over time against DALLE-pytorch's, on what the demo has made, 15 minutes
 	$(BIN)/pip install $(PEER)
 	$(BIN)/python benchmarks/transformer_loss.py $(BENCH)
+
+bench-sampling: $(STAMP)  ## speed of sampling against DALLE-pytorch's, 10 minutes
+	$(BIN)/pip install $(PEER)
+	$(BIN)/python benchmarks/sampling.py $(BENCH)
 
 bench-gpu: $(STAMP)  ## the transformer on one CUDA device
 	$(BIN)/python benchmarks/gpu.py $(BENCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import peer
@@ -31,10 +32,12 @@ def build(
     grid_size: int,
     patterns: tuple[AttentionPattern, ...],
     plain: bool = False,
+    cacheable: bool = False,
 ) -> nn.Module:
     """Its `DALLE` with the defaults of that class: rotary embeddings, shifted tokens, MLPs with a gate.
 
-    `plain` is without the first two; in their place it learns embeddings of positions, as ours does.
+    `plain` is without the first two; in their place it learns embeddings of positions, as ours does. `cacheable`
+    computes rows and columns under a mask, which its cache needs ("optimize_for_inference").
 
     Its dVAE, which it cannot do without, is the smallest that fits; it is given tokens and never calls it.
 
@@ -56,6 +59,7 @@ def build(
         attn_types=tuple(_NAMES[pattern] for pattern in patterns),
         rotary_emb=not plain,
         shift_tokens=not plain,
+        optimize_for_inference=cacheable,
     )
 
 
@@ -76,6 +80,28 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(loss.detach())
+
+
+def sampling_step(
+    model: Any, text_tokens: Tensor, image_tokens: Tensor, position: int, *, cached: bool
+) -> Callable[[], None]:
+    """A step of its `generate_images` when `position` image tokens are there; with `cached` it goes on at each call.
+
+    The cache, which that method drops, is then handed on from call to call. For the clock alone: begun with image
+    tokens in it, as here, that cache gives other logits."""
+    module = peer.dalle_pytorch()
+    cache: dict[str, Any] | None = {} if cached else None
+    if cache is not None:
+        model(text_tokens, image_tokens[:, : position - 1], cache=cache)
+    there = position
+
+    def step() -> None:
+        nonlocal there
+        logits = model(text_tokens, image_tokens[:, :there], cache=cache)[:, -1, :]
+        module.gumbel_sample(module.top_k(logits, thres=0.5), temperature=1.0, dim=-1)
+        there += cached
+
+    return step
 
 
 def count_parameters(model: nn.Module) -> int:

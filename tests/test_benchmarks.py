@@ -48,6 +48,7 @@ def test_the_transformer_that_is_compared_is_as_large_as_its_peer() -> None:
         ("transformer.py", ["--rounds", "0"], "error: --rounds must be >= 1, got 0"),
         ("transformer_loss.py", ["--minutes", "0"], "error: --minutes must be > 0, got 0.0"),
         ("transformer_loss.py", ["--updates", "3"], "error: --updates must be >= 200, got 3"),
+        ("sampling.py", ["--repeats", "0"], "error: --repeats must be >= 1, got 0"),
         ("gpu.py", ["--batch", "0"], "error: --batch must be >= 1, got 0"),
     ],
 )
