@@ -157,6 +157,11 @@ def test_interrupted_run_with_fewer_steps_is_refused(
     assert not (tmp_path / "clip" / "summary.json").exists()
 
 
+def test_end_of_training_is_saved_without_the_callback_too(train: Train, tmp_path: Path) -> None:
+    train(tmp_path, "dvae", "~callbacks.checkpoint", "optim.max_steps=7")
+    assert read_checkpoint(last(tmp_path, "dvae"))["global_step"] == 7
+
+
 def test_continued_run_logs_where_it_would_have(train: Train, trained: Path, tmp_path: Path) -> None:
     for earlier in ("tokenizer", "dvae", "transformer"):
         shutil.copytree(trained / earlier, tmp_path / earlier)

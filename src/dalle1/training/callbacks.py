@@ -105,15 +105,15 @@ class LastCheckpoint(pl.Callback):
             raise ValueError(f"callbacks.checkpoint.every_n_steps must be >= 1, got {every_n_steps}")
         self.path = Path(directory) / "last.ckpt"
         self.every_n_steps = every_n_steps
-        self._last_saved = 0
+        self.last_saved = 0  # update after which this start saved last
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time."""
         step = trainer.global_step
-        if (step % self.every_n_steps == 0 or step == trainer.max_steps) and step != self._last_saved:
-            self._last_saved = step
+        if (step % self.every_n_steps == 0 or step == trainer.max_steps) and step != self.last_saved:
+            self.last_saved = step
             trainer.save_checkpoint(self.path)
 
 

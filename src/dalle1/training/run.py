@@ -42,7 +42,7 @@ from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from dalle1.tokenizers.text_file import load_text_tokenizer
 from dalle1.training.allocator import keep_freed_memory
-from dalle1.training.callbacks import AtomicCheckpointIO, RunProgress
+from dalle1.training.callbacks import AtomicCheckpointIO, LastCheckpoint, RunProgress
 from dalle1.training.clip_module import CLIPModule
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
@@ -279,6 +279,9 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     start = checkpoint if checkpoint.exists() else None
     with _ctrl_c_stays_itself():
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+        savers = [each for each in trainer.callbacks if isinstance(each, LastCheckpoint)]  # type: ignore[attr-defined]
+        if all(each.last_saved != trainer.global_step for each in savers):
+            trainer.save_checkpoint(checkpoint)  # training was made to end early, or nothing was left to train
         metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
     if trainer.is_global_zero:
         starts = sorted(run_dir.glob("logs/*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
