@@ -43,6 +43,7 @@ def test_temperature_0_takes_the_lowest_of_equals() -> None:
 
 def test_temperatures_of_positions() -> None:
     assert SamplingConfig(temperature=0.7).temperatures(2, 3) == [0.7] * 6
+    assert SamplingConfig(temperature=0.7).temperatures(32, 32) == [0.7] * 1024
     assert SamplingConfig(temperature=(0.5, 2)).temperatures(2, 3) == [0.5] * 3 + [2] * 3
     even = SamplingConfig(temperature=1.0, temperature_end=0.5).temperatures(2, 3)
     assert even == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])

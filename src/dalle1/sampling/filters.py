@@ -62,10 +62,11 @@ class SamplingConfig:
                 )
             return [row for row in self.temperature for _ in range(grid_width)]
         first, count = self.temperature, grid_height * grid_width
-        last = first if self.temperature_end is None else self.temperature_end
-        # Exact at both ends, and never outside of them.
+        if self.temperature_end is None:
+            return [first] * count
+        # So written it is exact at both ends, and never below 0.
         shares = [position / max(1, count - 1) for position in range(count)]
-        return [first * (1 - share) + last * share for share in shares]
+        return [first * (1 - share) + self.temperature_end * share for share in shares]
 
 
 DEFAULT_SAMPLING = SamplingConfig()
