@@ -37,7 +37,7 @@ bench-dvae: $(STAMP)  ## our dVAE against DALLE-pytorch's, 35 minutes (BENCH='--
 	$(BIN)/pip install $(PEER)
 	$(BIN)/python benchmarks/dvae.py --train '$(TRAIN)' --val '$(VAL)' $(BENCH)
 
-bench-transformer: $(STAMP)  ## speed and memory of our transformer against DALLE-pytorch's, 10 minutes
+bench-transformer: $(STAMP)  ## speed and memory of our transformer against DALLE-pytorch's, 12 minutes
 	$(BIN)/pip install $(PEER)
 	$(BIN)/python benchmarks/transformer.py $(BENCH)
 

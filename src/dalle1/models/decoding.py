@@ -3,7 +3,7 @@
 A text is computed once. All candidates of a prompt attend to the same copy of its keys and values; each has its own of
 the image states that its layers can still reach (`kv_cache`).
 
-What a row comes to does not depend, bit for bit, on the rows beside it: see `_MIN_ROWS`.
+What a row comes to does not depend, bit for bit, on the rows beside it: see `_PACKED_ROWS`.
 
 Shapes: t text states, r rows (sequences), g texts with n candidates each, h heads, e head_dim, d d_model, v image
 vocabulary.
@@ -33,8 +33,8 @@ from dalle1.models.transformer import Block, DalleTransformer
 # products have a kernel of their own in PyTorch, below 400 = rows * inner * outer size. That held for heads of 8, 16,
 # 20, 24, 62, 64, 100 and 128 dimensions, not of 10. On a GPU kernels may change beyond 16 rows; there only the same
 # number of rows is sure to agree.
-_MIN_ROWS = {True: 2, False: 16}  # of linear layers: packed or not
-_ROW_MULTIPLE = {True: 1, False: 16}
+_PACKED_ROWS = 2  # at least
+_ROW_MULTIPLE = 16  # of linear layers that are not packed
 _MIN_QUERIES = 4
 _MIN_PRODUCTS = 400  # of rows, inner and outer size
 
@@ -207,6 +207,5 @@ def _stack(of_texts: Sequence[Float[Tensor, "h t e"]]) -> Float[Tensor, "g h t e
 
 def _fill(x: Tensor, packed: bool) -> Tensor:
     """Rows of zeros at the end, as many as products of linear layers need."""
-    rows = max(_MIN_ROWS[packed], len(x))
-    rows += -rows % _ROW_MULTIPLE[packed]
+    rows = max(len(x), _PACKED_ROWS) if packed else -(-len(x) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     return x if rows == len(x) else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
