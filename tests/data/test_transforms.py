@@ -11,7 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle1.data.transforms import crop_and_resize, decode_image, parse_color, to_pixels, to_unit_interval
+from dalle1.data.transforms import (
+    crop_and_resize,
+    decode_image,
+    fit_picture,
+    parse_color,
+    to_pixels,
+    to_unit_interval,
+)
 
 Encode = Callable[..., bytes]
 GREY, RGB, GREY_ALPHA, RGBA = 0, 2, 4, 6  # colour types of PNG
@@ -299,6 +306,41 @@ def test_shrinking_averages_the_area_of_each_pixel() -> None:
     assert pixels.dtype == torch.uint8
     # Rounding to 8 bits, once per axis.
     assert np.abs(pixels.permute(1, 2, 0).numpy() - means).max() <= 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(5, 5), (8, 8), (13, 6), (6, 13), (40, 21), (1, 9)])
+def test_square_is_fitted_as_it_always_was(width: int, height: int) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    resample = Image.Resampling.BOX if side >= 6 else Image.Resampling.BICUBIC
+    expected = picture.resize((6, 6), resample, box=(left, top, left + side, top + side))
+    assert torch.equal(crop_and_resize(picture, 6), to_pixels(expected))
+    assert torch.equal(fit_picture(picture, 6, 6), to_pixels(expected))
+
+
+@pytest.mark.parametrize(
+    ("size", "crop"),
+    [
+        ((12, 16), (0, 0, 12, 16)),  # height and width in pixels; top, left, height, width of what is averaged
+        ((12, 21), (0, 2, 12, 16)),
+        ((15, 16), (1, 0, 12, 16)),
+    ],
+)
+def test_largest_centred_crop_of_the_aspect_is_averaged(size: tuple[int, int], crop: tuple[int, ...]) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    top, left, height, width = crop
+    pixels = fit_picture(Image.fromarray(picture), 3, 4)
+    means = picture[top : top + height, left : left + width].reshape(3, 4, 4, 4, 3).mean(axis=(1, 3))
+    assert pixels.shape == (3, 3, 4)
+    # Rounding to 8 bits, once per axis.
+    assert np.abs(pixels.permute(1, 2, 0).numpy() - means).max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 50), (50, 1), (2, 3), (23, 31), (24, 32), (25, 33)])
+def test_any_picture_can_be_fitted_and_a_uniform_one_stays_so(height: int, width: int) -> None:
+    pixels = fit_picture(Image.new("RGB", (width, height), (10, 100, 200)), 24, 32)
+    assert torch.equal(pixels, torch.tensor([10, 100, 200], dtype=torch.uint8)[:, None, None].expand(3, 24, 32))
 
 
 def test_enlarging_gives_smooth_pixels() -> None:

@@ -1,4 +1,4 @@
-"""From a picture file to the square pixels that models see: decode, crop the centre, resize.
+"""From a picture file to the pixels that models see: decode, crop the centre, resize.
 
 `pixels` are always uint8 in [0, 255], `image` is always float32 in [0, 1].
 """
@@ -105,16 +105,24 @@ def _upper_bits(image: Image.Image) -> Image.Image:
 
 
 def crop_and_resize(image: Image.Image, image_size: int) -> UInt8[Tensor, "3 s s"]:
-    """The largest centred square of an RGB picture, resized to `image_size` pixels a side.
+    """The largest centred square of an RGB picture, resized as `fit_picture` to `image_size` pixels a side."""
+    return fit_picture(image, image_size, image_size)
+
+
+def fit_picture(image: Image.Image, height: int, width: int) -> UInt8[Tensor, "3 {height} {width}"]:
+    """The largest centred crop of an RGB picture with the aspect of `height` x `width` pixels, resized to that.
+
+    The crop's sides are whole pixels, so its aspect can be off by less than one of them.
 
     Shrinking averages the area that each new pixel covers, as the paper does (Ramesh et al. 2021, app. A):
     no aliasing, no ringing at edges. Area averaging would enlarge into blocks, so that is bicubic.
     """
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    resample = Image.Resampling.BOX if side >= image_size else Image.Resampling.BICUBIC
-    square = image.resize((image_size, image_size), resample, box=(left, top, left + side, top + side))
-    return to_pixels(square).contiguous()
+    crop_width = min(image.width, max(1, image.height * width // height))
+    crop_height = min(image.height, max(1, image.width * height // width))
+    left, top = (image.width - crop_width) // 2, (image.height - crop_height) // 2
+    resample = Image.Resampling.BOX if crop_height >= height else Image.Resampling.BICUBIC
+    fitted = image.resize((width, height), resample, box=(left, top, left + crop_width, top + crop_height))
+    return to_pixels(fitted).contiguous()
 
 
 def to_pixels(image: Image.Image) -> UInt8[Tensor, "3 h w"]:

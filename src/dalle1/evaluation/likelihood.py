@@ -1,0 +1,78 @@
+"""How likely captions and pictures are to a transformer: the nats of every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dalle1.data.fields import require_int
+from dalle1.models.transformer import DalleTransformer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenNats:
+    """Nats (-ln of the probability) of every token given all before it; float32, on the CPU."""
+
+    text: Float[Tensor, "b t"]  # 0 where a token does not count: after the padding token that ends the caption
+    image: Float[Tensor, "b gh gw"]
+
+
+@torch.inference_mode()
+def token_nats(
+    transformer: DalleTransformer,
+    text_tokens: Int[Tensor, "b t"],
+    image_tokens: Int[Tensor, "b gh gw"],
+    *,
+    batch_size: int = 16,
+) -> TokenNats:
+    """Nats of captioned pictures, computed on the transformer's device and without dropout.
+
+    Args:
+        transformer: In either mode; it is left in the one it was in.
+        text_tokens: Of the transformer's text tokenizer.
+        image_tokens: Of the transformer's dVAE, one picture for each caption.
+        batch_size: Pictures computed at once, which bounds the memory.
+
+    Raises: ValueError if tokens have another shape than the transformer's, or for another number of captions than
+        pictures; TypeError or ValueError for a bad `batch_size`.
+    """
+    require_int("batch_size", batch_size, at_least=1)
+    config = transformer.config
+    if len(text_tokens) != len(image_tokens):
+        raise ValueError(f"each picture must have a caption, got {len(text_tokens)} for {len(image_tokens)} pictures")
+    # Checked here, because a grid on its side has as many tokens.
+    if image_tokens.shape[1:] != (config.grid_height, config.grid_width):
+        height, width = image_tokens.shape[1:]
+        raise ValueError(f"image must have {config.grid_height} x {config.grid_width} tokens, got {height} x {width}")
+    was_training = transformer.training
+    transformer.eval()
+    try:
+        parts = [
+            _nats(transformer, text, image.flatten(1))
+            for text, image in zip(
+                torch.split(text_tokens, batch_size), torch.split(image_tokens, batch_size), strict=True
+            )
+        ]
+    finally:
+        transformer.train(was_training)
+    text_nats, image_nats = (torch.cat(nats) for nats in zip(*parts, strict=True))
+    is_word = text_tokens.cpu() < config.text_vocab_size
+    # Every real token and the padding token right after the last one, as training reports them.
+    is_told = torch.cat([torch.ones_like(is_word[:, :1]), is_word[:, :-1]], dim=1)
+    return TokenNats(text=text_nats * is_told, image=image_nats.view(image_tokens.shape))
+
+
+def _nats(transformer: DalleTransformer, text: Int[Tensor, "b t"], image: Int[Tensor, "b n"]) -> tuple[Tensor, Tensor]:
+    """Nats of text tokens (b, t) and image tokens (b, n) of one batch, float32 on the CPU."""
+    device = transformer.start.device
+    text, image = text.to(device), image.to(device)
+    # Their weighted sum is for training; here it is not used.
+    weights = {
+        "text_weights": torch.ones(text.shape, device=device),
+        "image_weights": torch.ones(image.shape, device=device),
+    }
+    losses = transformer.losses(text, image, **weights)
+    return losses.text_nats.float().cpu(), losses.image_nats.float().cpu()
