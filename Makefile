@@ -10,7 +10,7 @@ PEER := --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6 axial
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-gpu lint types clean
+.PHONY: help setup demo test test-browser bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-gpu lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-22s %s\n", $$1, $$2}'
@@ -32,6 +32,10 @@ demo: $(STAMP)  ## the whole pipeline on the generated data, ending in pictures 
 
 test: $(STAMP) lint types  ## lint, types and tests
 	$(BIN)/pytest
+
+test-browser: $(STAMP)  ## the gallery page in a real browser; needs a Chromium (apt install chromium)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	$(BIN)/pytest -m browser
 
 bench-dvae: $(STAMP)  ## our dVAE against DALLE-pytorch's, 35 minutes (BENCH='--minutes 5' for less)
 	$(BIN)/pip install $(PEER)

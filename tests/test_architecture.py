@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "dalle1"
 LAYERS = [
     ["training", "evaluation.report", "convert", "reconstruct", "plan"],
     ["results"],
-    ["picture_grid"],
+    ["gallery", "picture_grid"],
     ["pipeline"],
     ["rerank"],
     ["cli"],
