@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +38,7 @@ from dalle1.models.kv_cache import count_slots
 from dalle1.models.options import AttentionPattern
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
 from dalle1.sampling.filters import SamplingConfig
-from dalle1.sampling.generate import Progress, generate
+from dalle1.sampling.sampler import Block, OnStep, Sampler
 from dalle1.training.throughput import matmul_rate
 
 CONFIG = TransformerConfig(d_model=512, n_layers=8, n_heads=8, mlp_ratio=6)  # as many weights as theirs
@@ -63,12 +62,12 @@ def sample_ours(candidates: int) -> dict[str, float]:
     torch.manual_seed(0)
     model = _with_random_heads(DalleTransformer(CONFIG)).eval()
     text, _ = random_tokens(CONFIG, 1)
+    seeds = [list(range(candidates))]
     half = SamplingConfig(top_k=CONFIG.image_vocab_size // 2)
     with suppress(_Enough):  # warm
-        generate(model, text, seeds=[list(range(candidates))], config=half, on_progress=_stop_after(20))
+        Sampler(model, half).sample(text, seeds=seeds, on_step=_stop_after(20))
     times = [time.perf_counter()]
-    seeds = [list(range(candidates))]
-    generate(model, text, seeds=seeds, config=half, on_progress=lambda _: times.append(time.perf_counter()))
+    Sampler(model, half).sample(text, seeds=seeds, on_step=lambda _, __: times.append(time.perf_counter()))
     steps = [after - before for before, after in pairwise(times)]
     return {
         "seconds": times[-1] - times[0],
@@ -86,14 +85,14 @@ class _Enough(Exception):
     pass
 
 
-def _stop_after(steps: int) -> Callable[[Progress], None]:
+def _stop_after(steps: int) -> OnStep:
     left = iter(range(steps))
 
-    def on_progress(_: Progress) -> None:
+    def on_step(_: Block, __: int) -> None:
         if next(left, None) is None:
             raise _Enough
 
-    return on_progress
+    return on_step
 
 
 def sample_theirs(side: str, candidates: int, repeats: int) -> dict[str, float]:

@@ -13,9 +13,18 @@ SOURCE = Path(__file__).parents[1] / "src" / "dalle1"
 
 # From the top to the bottom: a module may import from lines below its own, and from its own line.
 LAYERS = [
-    ["training", "evaluation.report", "convert", "reconstruct", "plan"],
+    [
+        "training",
+        "evaluation.report",
+        "evaluation.sampling_curves",
+        "convert",
+        "reconstruct",
+        "sample",
+        "score",
+        "plan",
+    ],
     ["results"],
-    ["gallery", "picture_grid"],
+    ["gallery", "picture_grid", "preview"],
     ["pipeline"],
     ["rerank"],
     ["cli"],
@@ -33,9 +42,11 @@ LAYERS = [
 ALLOWED = {
     "pytorch_lightning": ("training", "data.datamodule"),
     "hydra": ("cli", "training.run"),
-    "omegaconf": ("cli", "training.run", "plan"),
+    "omegaconf": ("cli", "sample", "training.run", "plan"),
     "wandb": ("training.logging",),
     "webdataset": ("data",),
+    "transformers": ("rerank.hf_clip",),
+    "huggingface_hub": ("rerank.hf_clip",),
 }
 
 MODULES = {
@@ -86,6 +97,15 @@ def test_models_import_without_any_framework() -> None:
     code = (
         "import sys, dalle1.models.dvae, dalle1.models.transformer, dalle1.models.clip, dalle1.losses;"
         "print(sorted({'pytorch_lightning', 'hydra', 'omegaconf', 'wandb'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_transformers_is_imported_only_with_a_model_of_it() -> None:
+    code = (
+        "import sys, dalle1.rerank.hf_clip;"
+        "print(sorted({'transformers', 'huggingface_hub', 'pytorch_lightning'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

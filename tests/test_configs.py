@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import pytorch_lightning as pl
@@ -22,6 +22,7 @@ from dalle1.models.accounting import count_weights
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
+from dalle1.rerank.choose import Kind
 from dalle1.tokenizers.text import TextTokenizerConfig
 from dalle1.training.dvae_module import DVAEOptimConfig
 from dalle1.training.optim import OptimConfig
@@ -80,7 +81,20 @@ def test_stage_of_experiment_builds(stage: str, experiment: str) -> None:
         assert data.batch_size == optim.batch_size
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}")
+RERANKERS = sorted(CONF.glob("rerank/*.yaml"))
+CHOICES = sorted(set(CONF.glob("*/*.yaml")) - set(RERANKERS))
+
+
+@pytest.mark.parametrize("path", RERANKERS, ids=lambda path: path.stem)
+def test_every_reranker_composes_and_is_known(path: Path) -> None:
+    cfg = compose("sample", [f"rerank={path.stem}"])
+    assert cfg.rerank.kind == path.stem
+    assert set(cfg.rerank) == {"kind", "model", "only", "allow_download"}
+    assert path.stem in get_args(Kind)
+    assert len(RERANKERS) == len(get_args(Kind))
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_choice_composes_and_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     group = path.parent.name

@@ -39,6 +39,16 @@ def test_rows_of_pictures_stand_below_their_titles() -> None:
     assert _area(page, (255, 0, 0)) == 2 * 128 * 128
 
 
+def test_legend_stands_below_the_pictures_in_its_own_size() -> None:
+    legend = Image.new("RGB", (50, 10), "blue")
+    picture = Image.new("RGB", (32, 32), "red")
+    page = draw_page([GridBlock(title="t", pictures=[picture], captions=["c"], legend=legend)])
+    assert _area(page, (0, 0, 255)) == 50 * 10
+    lowest_red = np.argwhere((np.asarray(page) == (255, 0, 0)).all(axis=2)).max(axis=0)[0]
+    highest_blue = np.argwhere((np.asarray(page) == (0, 0, 255)).all(axis=2)).min(axis=0)[0]
+    assert lowest_red < highest_blue
+
+
 def test_one_page_is_as_high_as_it_must_be() -> None:
     assert draw_page([_block(side=1000)] * 10).height > 10_000
 

@@ -7,25 +7,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dalle1.checkpoint import load_clip, load_image_tokenizer, load_transformer
 from dalle1.models.dvae import DVAE
-from dalle1.pipeline import Pipeline, choose_device
-from dalle1.rerank import score_images
+from dalle1.pipeline import MemoryStore, Pipeline, choose_device
+from dalle1.rerank.own_clip import CLIPReranker
 from dalle1.sampling.filters import SamplingConfig
+from dalle1.sampling.progress import Progress
 from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
+
+
+def _load(checkpoints: dict[str, Path], reranker: CLIPReranker | None = None) -> Pipeline:
+    return Pipeline.from_checkpoint(transformer=checkpoints["transformer"], dvae=checkpoints["dvae"], reranker=reranker)
 
 
 @pytest.fixture(scope="module")
 def pipeline(checkpoints: dict[str, Path]) -> Pipeline:
-    return Pipeline.from_checkpoints(transformer=checkpoints["transformer"], dvae=checkpoints["dvae"])
+    return _load(checkpoints)
 
 
 @pytest.fixture(scope="module")
 def ranking_pipeline(checkpoints: dict[str, Path]) -> Pipeline:
-    return Pipeline.from_checkpoints(**checkpoints)
+    return _load(checkpoints, CLIPReranker.load(checkpoints["clip"]))
 
 
 def test_result_holds_the_pictures_of_each_prompt(pipeline: Pipeline) -> None:
@@ -99,16 +106,85 @@ def test_candidates_are_sorted_by_their_score(ranking_pipeline: Pipeline, pipeli
     assert ranked.seeds != unranked.seeds
     for seed, image, score in zip(ranked.seeds, ranked.images, ranked.scores or [], strict=True):
         assert torch.equal(image, unranked.images[unranked.seeds.index(seed)])
-        assert ranking_pipeline.clip is not None
-        assert ranking_pipeline.clip.text_tokenizer is not None
-        text = ranking_pipeline.clip.text_tokenizer.encode(["a red circle"])[0]
-        again = score_images(ranking_pipeline.clip.model, image[None], text)
+        assert ranking_pipeline.reranker is not None
+        again = ranking_pipeline.reranker.score("a red circle", image[None], torch.zeros(1, 3, 4))
         assert score == pytest.approx(again.item(), abs=1e-5)
+
+
+def test_only_the_best_are_kept(ranking_pipeline: Pipeline, pipeline: Pipeline) -> None:
+    everything = ranking_pipeline(["a red circle"], candidates=7)[0]
+    best = ranking_pipeline(["a red circle"], candidates=7, keep=3)[0]
+    assert best.scores == (everything.scores or [])[:3]
+    assert (best.candidates, best.seeds) == (everything.candidates[:3], everything.seeds[:3])
+    assert torch.equal(best.images, everything.images[:3])
+    assert torch.equal(best.image_tokens, everything.image_tokens[:3])
+    assert best.sampled == 7
+    assert pipeline(["a red circle"], candidates=7, keep=3)[0].candidates == [0, 1, 2]
+
+
+@pytest.mark.parametrize("batch_size", [2, 100])
+def test_what_is_in_the_store_is_not_sampled_again(pipeline: Pipeline, batch_size: int) -> None:
+    prompts, store, seen = ["a", "b", "c"], MemoryStore(), list[Progress]()
+    expected = pipeline(prompts, candidates=5)
+    for prompt, known in ((0, 5), (1, 2)):
+        store.save(prompt, expected[prompt].image_tokens[:known])
+    results = pipeline.stream(prompts, candidates=5, batch_size=batch_size, store=store, on_progress=seen.append)
+    for result, whole in zip(results, expected, strict=True):
+        assert torch.equal(result.image_tokens, whole.image_tokens)
+        assert torch.equal(result.images, whole.images)
+    assert (seen[0].tokens_known, seen[0].tokens, seen[0].candidates) == (7 * 12, 15 * 12, 15)
+    assert (seen[-1].tokens_done, seen[-1].candidates_done) == (15 * 12, 15)
+    assert [progress.tokens_done for progress in seen] == sorted(progress.tokens_done for progress in seen)
+    assert {progress.block.prompts.start for progress in seen} == {0}, "of its group"
+    fewer = pipeline(prompts, candidates=3, store=store)
+    assert torch.equal(fewer[2].image_tokens, expected[2].image_tokens[:3])
+
+
+def test_results_come_as_they_get_done(pipeline: Pipeline) -> None:
+    seen: list[Progress] = []
+    results = pipeline.stream(["a", "b"], candidates=2, batch_size=1, on_progress=seen.append)
+    assert (next(results).prompt, seen[-1].candidates_done) == ("a", 2)
+    assert (next(results).prompt, seen[-1].candidates_done) == ("b", 4)
+
+
+def test_rows_of_a_picture_stay_token_by_token(pipeline: Pipeline) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    image_prompt = pipeline.image_prompt(picture, keep_rows=2)
+    assert image_prompt.image.shape == (3, 12, 16)
+    result = pipeline(["a", "b"], candidates=4, image_prompt=image_prompt)[1]
+    assert torch.equal(result.image_tokens[:, :2], image_prompt.image_tokens[:2].expand(4, -1, -1))
+    assert len({tuple(grid[2].tolist()) for grid in result.image_tokens}) > 1
+    expected = pipeline.image_tokenizer.encode(image_prompt.image[None])
+    assert torch.equal(image_prompt.image_tokens, expected[0])
+    torch.testing.assert_close(result.images, pipeline.image_tokenizer.decode(result.image_tokens))
+
+
+def test_masked_picture_keeps_its_pixels_if_asked_to(pipeline: Pipeline) -> None:
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    mask = Image.new("L", (16, 12))
+    mask.putpixel((5, 6), 255)  # in the second cell of the second row
+    image_prompt = pipeline.image_prompt(picture, mask=mask, paste_kept=True)
+    result = pipeline(["a"], candidates=9, image_prompt=image_prompt)[0]
+    again = torch.zeros(3, 4, dtype=torch.bool)
+    again[1, 1] = True
+    assert torch.equal(result.image_tokens[:, ~again], image_prompt.image_tokens[~again].expand(9, -1))
+    assert len(result.image_tokens[:, 1, 1].unique()) > 1
+    pixels = again.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    assert torch.equal(result.images[..., ~pixels], image_prompt.image[:, ~pixels].expand(9, -1, -1))
+    decoded = pipeline.image_tokenizer.decode(result.image_tokens)
+    torch.testing.assert_close(result.images[..., pixels], decoded[..., pixels])
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_rows": 1, "mask": Image.new("L", (16, 12))}])
+def test_image_needs_either_rows_or_a_mask(pipeline: Pipeline, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"an image needs either keep_rows=.* or mask=.* got (neither|both)"):
+        pipeline.image_prompt(Image.new("RGB", (16, 12)), **options)
 
 
 def test_checkpoints_name_the_weights(ranking_pipeline: Pipeline, pipeline: Pipeline) -> None:
     assert set(pipeline.checkpoints) == {"transformer", "dvae"}
-    assert set(ranking_pipeline.checkpoints) == {"transformer", "dvae", "clip"}
+    assert ranking_pipeline.reranker is not None
+    assert ranking_pipeline.reranker.facts["kind"] == "clip"
     assert ranking_pipeline.checkpoints["dvae"]["sha256"] == ranking_pipeline.transformer.dvae_sha256
     assert ranking_pipeline.checkpoints["transformer"]["step"] == 7
 
@@ -131,6 +207,8 @@ def test_longest_prompt_is_accepted_and_one_token_more_is_not(pipeline: Pipeline
         (["a"], {"candidates": 0}, ValueError, "candidates must be >= 1, got 0"),
         (["a"], {"candidates": "many"}, TypeError, "candidates must be an integer >= 1, got 'many'"),
         (["a"], {"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
+        (["a"], {"batch_size": "some"}, TypeError, "batch_size must be an integer >= 1, got 'some'"),
+        (["a"], {"keep": 0}, ValueError, "keep must be >= 1, got 0"),
         (["a"], {"seed": 0.5}, TypeError, "seed must be an integer >= 0, got 0.5"),
     ],
 )
@@ -147,8 +225,10 @@ def test_prompt_too_long_for_the_clip_is_refused_before_sampling(
     clip = load_clip(checkpoints["clip"])
     short = TextTokenizer.train(["a"], TextTokenizerConfig(vocab_size=256, seq_len=4))
     transformer = load_transformer(checkpoints["transformer"])
-    pipeline = Pipeline(transformer, load_image_tokenizer(checkpoints["dvae"]), replace(clip, text_tokenizer=short))
-    monkeypatch.setattr("dalle1.pipeline.generate", None)
+    pipeline = Pipeline(
+        transformer, load_image_tokenizer(checkpoints["dvae"]), CLIPReranker(replace(clip, text_tokenizer=short))
+    )
+    monkeypatch.setattr("dalle1.pipeline.Sampler", None)
     with pytest.raises(ValueError, match="prompt must have at most 4 tokens, as the CLIP was trained with, got 5"):
         pipeline(["abcde"])
 
@@ -161,7 +241,7 @@ def test_dvae_of_another_transformer_is_refused(
 ) -> None:
     other = write_checkpoint(tmp_path / "other.ckpt", make_dvae(seed=5))
     with pytest.raises(ValueError, match="the transformer needs the dVAE it was trained with"):
-        Pipeline.from_checkpoints(transformer=checkpoints["transformer"], dvae=other)
+        Pipeline.from_checkpoint(transformer=checkpoints["transformer"], dvae=other)
 
 
 def test_transformer_without_a_text_tokenizer_is_refused(checkpoints: dict[str, Path]) -> None:

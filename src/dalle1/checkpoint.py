@@ -180,6 +180,13 @@ def check_pair(transformer: Loaded[DalleTransformer], image_tokenizer: ImageToke
         )
 
 
+def text_tokenizer_of(loaded: Loaded[DalleTransformer] | Loaded[CLIP], name: str) -> TextTokenizer:
+    """The text tokenizer of a checkpoint, called `name` in messages. Raises: ValueError if it has none."""
+    if loaded.text_tokenizer is None:
+        raise ValueError(f"the {name} checkpoint must hold a text tokenizer, it has none; train that stage again")
+    return loaded.text_tokenizer
+
+
 def _read_exported(directory: Path) -> dict[str, Any]:
     """An exported checkpoint's content under the names that training gives it."""
     for name in (CONFIG_NAME, WEIGHTS_NAME):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -27,9 +27,10 @@ class GridBlock:
     pictures: Sequence[Image.Image]
     captions: Sequence[str] = ()
     columns: int | None = None  # pictures in a line; by default about as many as lines, at most 8
+    legend: Image.Image | None = None  # drawn below the pictures in its own size
 
 
-def draw_grids(blocks: Sequence[GridBlock]) -> list[Image.Image]:
+def draw_grids(blocks: Iterable[GridBlock]) -> list[Image.Image]:
     """Pages with all blocks below one another; a block that is higher than a page gets one of its own."""
     pages: list[list[Image.Image]] = []
     height = _HIGHEST_PAGE
@@ -68,7 +69,11 @@ def _draw_block(content: GridBlock) -> Image.Image:
     title_height, caption_height = _line_height(title_font), _line_height(caption_font) if content.captions else 0
     top = 2 * _GAP + title_height * len(lines)
     pitch = cell_height + caption_height + _GAP
-    block = Image.new("RGB", (width, top + pitch * math.ceil(len(pictures) / columns)), _BACKGROUND)
+    bottom = top + pitch * math.ceil(len(pictures) / columns)
+    legend_height = content.legend.height + _GAP if content.legend else 0
+    block = Image.new("RGB", (width, bottom + legend_height), _BACKGROUND)
+    if content.legend:
+        block.paste(content.legend, (_GAP, bottom))
     pen = ImageDraw.Draw(block)
     for number, line in enumerate(lines):
         pen.text((_GAP, _GAP + number * title_height), line, _TITLE_INK, title_font)

@@ -1,29 +1,34 @@
 """Prompts to pictures: the object that sample.py and notebooks use.
 
-`Pipeline.from_checkpoints(...)`, then `pipeline(["a red circle"], candidates=16)`. Steps: check the prompts, text
-tokens, image tokens (`sampling.generate`), pictures (the dVAE's decoder), and with a CLIP the best first.
+`Pipeline.from_checkpoint(...)`, then `pipeline(["a red circle"], candidates=16)`. Steps: check the prompts, text
+tokens, image tokens (`sampling.sampler`), pictures (the dVAE's decoder), and with a reranker the best first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
-from dalle1.checkpoint import Loaded, check_pair, load_clip, load_image_tokenizer, load_transformer
+from dalle1.checkpoint import Loaded, check_pair, load_image_tokenizer, load_transformer, text_tokenizer_of
 from dalle1.data.fields import require_int
-from dalle1.models.clip import CLIP
+from dalle1.data.sampled_picture import SampledPicture
+from dalle1.data.transforms import fit_picture, to_unit_interval
 from dalle1.models.transformer import DalleTransformer
-from dalle1.rerank import best_first, score_images
+from dalle1.rerank.reranker import Reranker, best_first
+from dalle1.sampling.batch_size import auto_batch_size
 from dalle1.sampling.filters import DEFAULT_SAMPLING, SamplingConfig
-from dalle1.sampling.generate import Progress, candidate_seeds, generate
+from dalle1.sampling.image_prompt import ImagePrompt, keep_top_rows, kept_outside
+from dalle1.sampling.progress import Progress
+from dalle1.sampling.sampler import Block, Sampler, candidate_seeds
 from dalle1.tokenizers.image import ImageTokenizer
-from dalle1.tokenizers.text import TextTokenizer
 
 # On the generated scenes far better than 1, and as good as 2, which loses objects of groups (docs/shapes.md).
 GUIDANCE_SCALE = 1.5
@@ -31,48 +36,79 @@ GUIDANCE_SCALE = 1.5
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptResult:
-    """All candidates of one prompt, best first if they were scored, else in the order of their numbers."""
+    """What is kept of a prompt's candidates: best first if they were scored, else in the order of their numbers."""
 
     prompt: str
     images: Float[Tensor, "n 3 h w"]  # float32 in [0, 1], on the CPU
     image_tokens: Int[Tensor, "n gh gw"]  # int64, on the CPU
+    candidates: list[int]  # their numbers, from 0
     seeds: list[int]
-    scores: list[float] | None  # cosine similarity to the prompt, in [-1, 1]; None without CLIP
+    scores: list[float] | None  # of the reranker, higher is better; None without one
+    sampled: int  # candidates that these were chosen from
+
+
+class CandidateStore(Protocol):
+    """Where sampled tokens are kept, so that nothing is sampled twice."""
+
+    def load(self, prompt: int) -> Int[Tensor, "n gh gw"] | None:
+        """The first candidates of a prompt, as many as there are."""
+
+    def save(self, prompt: int, image_tokens: Int[Tensor, "n gh gw"]) -> None:
+        """Keep the first candidates of a prompt, those that were kept before among them."""
+
+
+class MemoryStore:
+    """Keeps tokens as long as it lives."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._tokens: dict[int, Int[Tensor, "n gh gw"]] = {}
+
+    def load(self, prompt: int) -> Int[Tensor, "n gh gw"] | None:
+        """See `CandidateStore`."""
+        return self._tokens.get(prompt)
+
+    def save(self, prompt: int, image_tokens: Int[Tensor, "n gh gw"]) -> None:
+        """See `CandidateStore`."""
+        self._tokens[prompt] = image_tokens
 
 
 class Pipeline:
-    """A transformer, the dVAE whose tokens it was trained on, and perhaps a CLIP to rank with."""
+    """A transformer, the dVAE whose tokens it was trained on, and perhaps a reranker."""
 
     def __init__(
-        self, transformer: Loaded[DalleTransformer], image_tokenizer: ImageTokenizer, clip: Loaded[CLIP] | None = None
+        self,
+        transformer: Loaded[DalleTransformer],
+        image_tokenizer: ImageTokenizer,
+        reranker: Reranker | None = None,
     ) -> None:
         """Put loaded parts together.
 
-        Raises: ValueError if the dVAE is not the transformer's own, or a text tokenizer is missing.
+        Raises: ValueError if the dVAE is not the transformer's own, or its text tokenizer is missing.
         """
         check_pair(transformer, image_tokenizer)
         self.transformer = transformer
         self.image_tokenizer = image_tokenizer
-        self.clip = clip
-        self._text_tokenizer = _text_tokenizer(transformer, "transformer")
-        self._clip_tokenizer = _text_tokenizer(clip, "CLIP") if clip else None
+        self.reranker = reranker
+        self._text_tokenizer = text_tokenizer_of(transformer, "transformer")
 
     @classmethod
-    def from_checkpoints(cls, *, transformer: str | Path, dvae: str | Path, clip: str | Path | None = None) -> Pipeline:
-        """Load all parts on the CPU; `to` moves them.
+    def from_checkpoint(
+        cls, *, transformer: str | Path, dvae: str | Path, reranker: Reranker | None = None
+    ) -> Pipeline:
+        """Load both parts on the CPU; `to` moves them.
 
         Raises: FileNotFoundError or ValueError as `checkpoint.load_transformer` and `__init__` do.
         """
-        # The largest last, so that whatever else is missing is found at once.
+        # The larger last, so that a missing dVAE is found at once.
         image_tokenizer = load_image_tokenizer(dvae)
-        ranker = load_clip(clip) if clip is not None else None
-        return cls(load_transformer(transformer), image_tokenizer, ranker)
+        return cls(load_transformer(transformer), image_tokenizer, reranker)
 
     def to(self, device: torch.device) -> Pipeline:
         """The same pipeline with its models on another device."""
         self.transformer.model.to(device)
-        if self.clip:
-            self.clip.model.to(device)
+        if self.reranker:
+            self.reranker.to(device)
         return self
 
     @property
@@ -83,107 +119,255 @@ class Pipeline:
     @property
     def checkpoints(self) -> dict[str, dict[str, Any]]:
         """What identifies the weights: the hash of each part, and its training steps where they are known."""
-        parts: dict[str, dict[str, Any]] = {
+        return {
             "transformer": {"sha256": self.transformer.sha256, "step": self.transformer.step},
             "dvae": {"sha256": self.image_tokenizer.sha256},
         }
-        if self.clip:
-            parts["clip"] = {"sha256": self.clip.sha256, "step": self.clip.step}
-        return parts
 
-    def __call__(
+    def image_prompt(
+        self,
+        picture: Image.Image,
+        *,
+        keep_rows: int | None = None,
+        mask: Image.Image | None = None,
+        paste_kept: bool = False,
+        sampled: SampledPicture | None = None,
+    ) -> ImagePrompt:
+        """A picture to go on from: its largest centred part of the right shape, and which of its cells stay.
+
+        Args:
+            picture: RGB, of any size.
+            keep_rows: Rows of token cells that stay, from the top. Either this or a mask.
+            mask: White where the picture is sampled again, see `sampling.image_prompt.kept_outside`.
+            paste_kept: Put the picture's own pixels over the kept cells of results.
+            sampled: What the picture's file says of its origin: if it was sampled from this dVAE's tokens, its own
+                are taken. Encoding the picture again would change some.
+
+        Raises: ValueError if there is neither `keep_rows` nor `mask`, or both, or one of them does not fit.
+        """
+        if (keep_rows is None) == (mask is None):
+            raise ValueError(
+                "an image needs either keep_rows=... or mask=..., which say what of it stays, got "
+                f"{'neither' if mask is None else 'both'}"
+            )
+        config = self.transformer.model.config
+        grid, cell = (config.grid_height, config.grid_width), self.image_tokenizer.dvae.config.downsampling
+        if mask is not None:
+            kept = kept_outside(mask, picture_size=picture.size, grid=grid, cell=cell)
+        else:
+            assert keep_rows is not None, "one of the two is given"
+            kept = keep_top_rows(keep_rows, grid)
+        image = to_unit_interval(fit_picture(picture, grid[0] * cell, grid[1] * cell))
+        tokens = sampled.tokens_of(self.image_tokenizer.sha256, grid) if sampled else None
+        if tokens is None:
+            tokens = self.image_tokenizer.encode(image[None].to(self.device))[0].cpu()
+        return ImagePrompt(image=image, image_tokens=tokens, kept=kept, paste_kept=paste_kept)
+
+    def __call__(self, prompts: Sequence[str], **options: Any) -> list[PromptResult]:
+        """Pictures of all prompts. Options and errors: those of `stream`."""
+        return list(self.stream(prompts, **options))
+
+    def stream(
         self,
         prompts: Sequence[str],
         *,
         candidates: int = 1,
+        keep: int | None = None,
         seed: int = 0,
         sampling: SamplingConfig = DEFAULT_SAMPLING,
         negative_prompt: str | None = None,
-        batch_size: int = 128,
+        image_prompt: ImagePrompt | None = None,
+        batch_size: int | Literal["auto"] = "auto",
+        store: CandidateStore | None = None,
         on_progress: Callable[[Progress], None] | None = None,
-    ) -> list[PromptResult]:
-        """Sample `candidates` pictures of each prompt.
+    ) -> Iterator[PromptResult]:
+        """Sample pictures of each prompt; its result comes as soon as it is done.
 
-        A prompt's pictures depend on it, on `seed` and on `sampling`, not on the other prompts, `candidates` or
-        `batch_size` (see `sampling.generate` for the limits of that).
+        A prompt's pictures depend on it, on `seed`, `sampling`, `negative_prompt` and `image_prompt`, not on the other
+        prompts, `candidates` or `batch_size` (see `sampling.sampler` for the limits of that).
 
         Args:
             prompts: Captions; white space around them is ignored.
-            candidates: Pictures per prompt.
+            candidates: Pictures that are sampled of each prompt.
+            keep: How many of them are given back, the best if there is a reranker; all of them by default.
             seed: Another seed gives other pictures.
             sampling: Temperature, truncation and guidance of the distribution.
             negative_prompt: What guidance leads away from, instead of from pictures without a caption.
-            batch_size: Sequences decoded at once.
+            image_prompt: What every picture begins with or contains, see `image_prompt`.
+            batch_size: Sequences decoded at once; `auto` looks at the memory that is free.
+            store: Has tokens that were sampled before with the same arguments, and keeps those that are now.
             on_progress: Called after each decoding step.
 
         Raises:
-            ValueError: If there is no prompt, one is empty or too long, a number is too small, guidance is asked of a
-                transformer that was not trained for it, or there is a negative prompt without guidance.
+            ValueError: At once, if there is no prompt, one is empty or too long, a number is too small, guidance is
+                asked of a transformer that was not trained for it, or there is a negative prompt without guidance.
             TypeError: If a prompt is no text or a number not whole.
         """
-        prompts = self._checked(prompts)
+        prompts = self.check_prompts(prompts)
         require_int("candidates", candidates, at_least=1)
-        require_int("batch_size", batch_size, at_least=1)
+        require_int("keep", candidates if keep is None else keep, at_least=1)
         require_int("seed", seed, at_least=0)
-        if sampling.guidance_scale != 1 and not self.transformer.caption_dropout:
+        guided = sampling.guidance_scale != 1
+        if guided and not self.transformer.caption_dropout:
             raise ValueError(
                 "guidance needs a transformer trained with optim.caption_dropout > 0, this one was not; "
                 f"set guidance_scale=1, got {sampling.guidance_scale}"
             )
+        model = self.transformer.model
+        if batch_size == "auto":
+            batch_size = auto_batch_size(model.config, device=self.device, dtype=model.start.dtype, guided=guided)
+        require_int("batch_size", batch_size, at_least=1)
         negative = None
         if negative_prompt is not None:
-            negative = self._text_tokenizer.encode(self._checked([negative_prompt])).to(self._device)
+            negative = self._text_tokenizer.encode(self.check_prompts([negative_prompt])).to(self.device)
+        sampler = Sampler(model, sampling, negative=negative)
         seeds = [candidate_seeds(seed, prompt, candidates) for prompt in prompts]
-        image_tokens = generate(
-            self.transformer.model,
-            self._text_tokenizer.encode(prompts).to(self._device),
-            seeds=seeds,
-            config=sampling,
-            negative=negative,
-            batch_size=batch_size,
-            on_progress=on_progress,
-        )
-        return [self._finish(*parts) for parts in zip(prompts, image_tokens, seeds, strict=True)]
+        store = store or MemoryStore()
+        done = self._sample(sampler, prompts, seeds, image_prompt, batch_size, store, on_progress)
+        return (self._finish(prompts[i], store.load(i), seeds[i], keep, image_prompt) for i in done)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where its models are."""
         return self.transformer.model.start.device
 
-    def _checked(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts without white space around them, each one usable by every model."""
+    def check_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts without white space around them, each one usable by every model.
+
+        Raises: ValueError or TypeError as `stream` does.
+        """
         if isinstance(prompts, str):
             raise TypeError(f"prompts must be a list of texts, got the text {prompts!r}; put it in brackets")
         if not prompts:
             raise ValueError("prompts must hold at least one prompt, got none")
         stripped = [_check_text(prompt).strip() for prompt in prompts]
-        tokenizers = {"the transformer": self._text_tokenizer, "the CLIP": self._clip_tokenizer}
         for prompt in stripped:
             if not prompt:
                 raise ValueError("prompt must not be empty")
-            for name, tokenizer in tokenizers.items():
-                if tokenizer and len(ids := tokenizer.ids(prompt)) > tokenizer.seq_len:
-                    limit = f"at most {tokenizer.seq_len} tokens, as {name} was trained with"
-                    raise ValueError(f"prompt must have {limit}, got {len(ids)}: {prompt[:60]!r}")
+            if len(ids := self._text_tokenizer.ids(prompt)) > self._text_tokenizer.seq_len:
+                limit = f"at most {self._text_tokenizer.seq_len} tokens, as the transformer was trained with"
+                raise ValueError(f"prompt must have {limit}, got {len(ids)}: {prompt[:60]!r}")
+            if self.reranker:
+                self.reranker.check(prompt)
         return stripped
 
-    def _finish(self, prompt: str, image_tokens: Int[Tensor, "n gh gw"], seeds: list[int]) -> PromptResult:
-        """Pictures of one prompt's tokens, scored and ordered if there is a CLIP."""
-        # One picture at a time: large pictures need little memory so, and none depends on the others.
-        images = torch.cat([self.image_tokenizer.decode(tokens[None]) for tokens in image_tokens])
-        scores = None
-        order = list(range(len(seeds)))
-        if self.clip and self._clip_tokenizer:
-            text_tokens = self._clip_tokenizer.encode([prompt])[0].to(self._device)
-            similarity = score_images(self.clip.model, images, text_tokens)
-            order = best_first(similarity)
-            scores = [float(similarity[i]) for i in order]
-        return PromptResult(
-            prompt=prompt,
-            images=images[order].cpu(),
-            image_tokens=image_tokens[order].cpu(),
-            seeds=[seeds[i] for i in order],
-            scores=scores,
+    def _sample(
+        self,
+        sampler: Sampler,
+        prompts: Sequence[str],
+        seeds: Sequence[Sequence[int]],
+        image_prompt: ImagePrompt | None,
+        batch_size: int,
+        store: CandidateStore,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> Iterator[int]:
+        """Sample what the store lacks; give the number of each prompt that has all its candidates."""
+        n_candidates = len(seeds[0])
+        known = [0 if (tokens := store.load(i)) is None else min(len(tokens), n_candidates) for i in range(len(seeds))]
+        length = self.transformer.model.config.image_seq_len
+        done, total = sum(known), len(seeds) * n_candidates
+
+        def report(block: Block, positions: int) -> None:
+            rows = len(block.prompts) * len(block.candidates)
+            if on_progress:
+                progress = Progress(
+                    tokens_known=sum(known) * length,
+                    tokens_done=done * length + rows * positions,
+                    tokens=total * length,
+                    candidates_done=done + (rows if positions == length else 0),
+                    candidates=total,
+                    block=block,
+                    positions_done=positions,
+                )
+                on_progress(progress)
+
+        for n_known, group in groupby(range(len(seeds)), key=known.__getitem__):
+            numbers = list(group)
+            if n_known == n_candidates:
+                yield from numbers
+                continue
+            text = self._text_tokenizer.encode([prompts[i] for i in numbers]).to(self.device)
+            given = None
+            if image_prompt is not None:
+                given = image_prompt.given.to(self.device).expand(len(numbers), -1, -1)
+            blocks = sampler.blocks(
+                text,
+                seeds=[seeds[i][n_known:] for i in numbers],
+                given=given,
+                batch_size=batch_size,
+                on_step=report,
+            )
+            for block in blocks:
+                done += len(block.prompts) * len(block.candidates)
+                for i, tokens in zip(block.prompts, block.image_tokens.cpu(), strict=True):
+                    before = store.load(numbers[i])
+                    store.save(numbers[i], tokens if before is None else torch.cat([before, tokens]))
+                if n_known + block.candidates.stop == n_candidates:
+                    yield from (numbers[i] for i in block.prompts)
+
+    def _finish(
+        self,
+        prompt: str,
+        image_tokens: Int[Tensor, "n gh gw"] | None,
+        seeds: list[int],
+        keep: int | None,
+        image_prompt: ImagePrompt | None,
+    ) -> PromptResult:
+        assert image_tokens is not None, "they were sampled"
+        return finish(
+            prompt,
+            image_tokens[: len(seeds)],
+            seeds,
+            image_tokenizer=self.image_tokenizer,
+            reranker=self.reranker,
+            keep=keep,
+            image_prompt=image_prompt,
+            device=self.device,
         )
+
+
+def finish(
+    prompt: str,
+    image_tokens: Int[Tensor, "n gh gw"],
+    seeds: Sequence[int],
+    *,
+    image_tokenizer: ImageTokenizer,
+    reranker: Reranker | None = None,
+    keep: int | None = None,
+    image_prompt: ImagePrompt | None = None,
+    device: torch.device,
+) -> PromptResult:
+    """Pictures of one prompt's candidates: decoded, scored and ordered, the first `keep` of them.
+
+    Args:
+        prompt: What they were sampled for.
+        image_tokens: Of candidates 0 to n - 1.
+        seeds: Theirs.
+        image_tokenizer: Decodes them.
+        reranker: Scores them; without one they keep their order.
+        keep: At least 1; all by default.
+        image_prompt: What they were sampled from, whose pixels may be put over them.
+        device: Where the models are.
+    """
+    # One picture at a time: large pictures need little memory so, and none depends on the others.
+    decoded = [image_tokenizer.decode(tokens[None].long().to(device)) for tokens in image_tokens]
+    images = torch.cat(decoded).cpu()
+    if image_prompt is not None:
+        images = image_prompt.paste(images)
+    scores, order = None, list(range(len(image_tokens)))
+    if reranker:
+        scores = reranker.score(prompt, images, image_tokens.long())
+        order = best_first(scores)
+    order = order[:keep]
+    return PromptResult(
+        prompt=prompt,
+        images=images[order],
+        image_tokens=image_tokens[order].long(),
+        candidates=order,
+        seeds=[seeds[i] for i in order],
+        scores=None if scores is None else scores[order].tolist(),
+        sampled=len(image_tokens),
+    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -198,12 +382,6 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be auto or one that PyTorch can use here, got {name!r} ({reason})") from error
-
-
-def _text_tokenizer(loaded: Loaded[DalleTransformer] | Loaded[CLIP], name: str) -> TextTokenizer:
-    if loaded.text_tokenizer is None:
-        raise ValueError(f"the {name} checkpoint must hold a text tokenizer, it has none; train that stage again")
-    return loaded.text_tokenizer
 
 
 def _check_text(prompt: object) -> str:

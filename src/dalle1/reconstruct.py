@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from dalle1.atomic_files import atomic, check_directory, write_json
 from dalle1.checkpoint import load_dvae
 from dalle1.cli import dashed_options, errors_in_one_line
 from dalle1.data.fields import require_int
-from dalle1.data.picture_files import PictureFile, find_pictures
+from dalle1.data.picture_files import PictureFile, find_pictures, printable, unique_names
 from dalle1.data.transforms import decode_image, parse_color, to_pixels, to_unit_interval
 from dalle1.evaluation.codebook_usage import CodebookUsage, codebook_usage
 from dalle1.evaluation.image_quality import SSIM_SMALLEST_SIDE, psnr_db, squared_error, ssim
@@ -40,7 +39,6 @@ from dalle1.pipeline import choose_device
 from dalle1.results import new_directory
 
 DEFAULT_CHECKPOINT = "runs/shapes/dvae/checkpoints/last.ckpt"
-_LONGEST_NAME = 150  # bytes; file systems allow 255, and files have longer names while they are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +113,8 @@ def reconstruct_files(
     dvae = dvae.to(device)
     counts = torch.zeros(dvae.config.vocab_size, dtype=torch.int64)
     pictures, failed = [], {}
-    for name, file in tqdm(list(zip(_names(files), files, strict=True)), unit="picture", disable=None):
-        source = _printable(file.source)
+    for name, file in tqdm(list(zip(unique_names(files), files, strict=True)), unit="picture", disable=None):
+        source = printable(file.source)
         try:
             image = _read(file, side, background).to(device)
             seen, tokens = reconstruct(dvae, image)
@@ -132,23 +130,6 @@ def reconstruct_files(
     if not pictures:
         raise ValueError(f"at least one picture must be good, got {len(failed)} that cannot be reconstructed")
     return Reconstructions(pictures=pictures, failed=failed, usage=codebook_usage(counts))
-
-
-def _names(files: Sequence[PictureFile]) -> Iterator[str]:
-    """A name for each picture's files: its own; the second of that name gets `-2` and so on, in whatever case."""
-    taken = set()
-    for file in files:
-        stem = os.fsencode(file.stem)[:_LONGEST_NAME].decode(errors="ignore")
-        name, number = stem, 2
-        while name.casefold() in taken:
-            name, number = f"{stem}-{number}", number + 1
-        taken.add(name.casefold())
-        yield name
-
-
-def _printable(path: str) -> str:
-    # File names may be any bytes; tables and JSON take text.
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _read(file: PictureFile, side: int | None, background: str) -> Float[Tensor, "3 h w"]:
@@ -268,7 +249,7 @@ def main() -> None:
     files = find_pictures(options.images)
     device = choose_device(options.device)
     loaded = load_dvae(options.ckpt)
-    name = f"{len(files)}-pictures" if len(files) > 1 else next(_names(files))
+    name = f"{len(files)}-pictures" if len(files) > 1 else next(unique_names(files))
     out = check_directory(options.out) if options.out else new_directory("runs/reconstructions", name)
     how: dict[str, Any] = {"side": options.side, "background": options.background}
     results = reconstruct_files(files, loaded.model, out, device=device, **how)

@@ -66,6 +66,31 @@ def test_shard_gives_its_samples(tmp_path: Path, write_shard: Callable[..., str]
         second.read()
 
 
+def test_captions_are_those_of_samples_and_of_text_files_of_the_same_name(
+    tmp_path: Path, write_shard: Callable[..., str]
+) -> None:
+    for name in ("a.png", "a.b.png", "c.png"):
+        (tmp_path / name).touch()
+    # As some editors on Windows write it.
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf one \r\n")
+    (tmp_path / "a.b.txt").write_text("zwölf", encoding="utf-8")
+    shard = write_shard("x.tar", [("1.jpg", b""), ("1.txt", b" two\n"), ("2.jpg", b"")])
+    files = find_pictures([*(str(tmp_path / name) for name in ("a.png", "a.b.png", "c.png")), shard])
+    assert [file.read_caption() for file in files] == ["one", "zwölf", None, "two", None]
+
+
+def test_caption_that_is_no_text_is_named(tmp_path: Path, write_shard: Callable[..., str]) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    beside, of_sample = find_pictures(
+        [str(tmp_path / "a.png"), write_shard("x.tar", [("1.jpg", b""), ("1.txt", b"\xff")])]
+    )
+    with pytest.raises(ValueError, match=r"its caption must be UTF-8 text, '.*a.txt' is not"):
+        beside.read_caption()
+    with pytest.raises(BadSampleError, match="is not UTF-8 text"):
+        of_sample.read_caption()
+
+
 def test_what_is_not_there_is_named(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no picture, folder or shard at '.*none-\*.png'; correct the path"):
         sources(tmp_path / "none-*.png")

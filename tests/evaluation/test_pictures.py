@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle1.evaluation.pictures import draw_code_use, save_curves, to_pictures, token_maps
+from dalle1.evaluation.pictures import draw_code_use, heat_legend, heat_map, save_curves, to_pictures, token_maps
 
 
 def test_pictures_of_tensors_are_rounded_and_clamped() -> None:
@@ -37,6 +37,23 @@ def test_colors_of_all_ids_of_a_large_codebook_are_bright_and_nearly_all_differe
     assert len(np.unique(colors, axis=0)) > 8150
     # Neighbouring ids are far apart: of 255 levels at least 60 in some colour.
     assert np.abs(np.diff(colors.astype(int), axis=0)).max(axis=1).min() >= 60
+
+
+def test_heat_map_has_a_square_for_each_value_and_is_brighter_for_higher_ones() -> None:
+    pixels = np.asarray(heat_map(torch.tensor([[0.0, 1, 2], [3, 4, 5]]), highest=4, pixels_per_value=3))
+    assert pixels.shape == (6, 9, 3)
+    squares = pixels.reshape(2, 3, 3, 3, 3).swapaxes(1, 2)
+    assert (squares == squares[:, :, :1, :1]).all()
+    brightness = squares[:, :, 0, 0].astype(int).sum(axis=-1).flatten().tolist()
+    assert brightness[:5] == sorted(set(brightness[:5])), "strictly brighter"
+    assert (squares[1, 1] == squares[1, 2]).all(), "all above the highest looks like it"
+
+
+def test_legend_goes_from_the_darkest_to_the_brightest() -> None:
+    pixels = np.asarray(heat_legend("low", "high", width=200))
+    ends = np.asarray(heat_map(torch.tensor([[0.0, 1]]), highest=1, pixels_per_value=1))[0]
+    assert (pixels[0, [0, -1]] == ends).all()
+    assert (pixels[14:] < 255).any(axis=(0, 2))[[*range(30), *range(170, 200)]].sum() > 20, "words at both ends"
 
 
 def test_code_use_is_drawn_for_any_counts() -> None:

@@ -47,8 +47,10 @@ def scenes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Scene]:
                     prompt=prompt,
                     images=torch.from_numpy(pair).permute(0, 3, 1, 2) / 255,
                     image_tokens=torch.zeros(2, 1, 1, dtype=torch.int64),
+                    candidates=[0, 1],
                     seeds=[0, 1],
                     scores=[0.9, 0.1],
+                    sampled=2,
                 )
             )
         return results

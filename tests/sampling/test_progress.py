@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
 
-from dalle1.sampling.generate import Progress
-from dalle1.sampling.progress import progress_bar
+from dalle1.sampling.progress import Progress, progress_bar
+from dalle1.sampling.sampler import Block
 
 
 class _Terminal(io.StringIO):
@@ -15,16 +16,55 @@ class _Terminal(io.StringIO):
         return True
 
 
+def _progress(tokens_done: int, candidates_done: int, *, known: int = 0) -> Progress:
+    block = Block(prompts=range(1), candidates=range(1), image_tokens=torch.zeros(1, 1, 1, 1))
+    return Progress(
+        tokens_known=known,
+        tokens_done=tokens_done,
+        tokens=24,
+        candidates_done=candidates_done,
+        candidates=3,
+        block=block,
+        positions_done=1,
+    )
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_bar_shows_tokens_and_pictures_on_terminals_only(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
     stream = _Terminal() if is_terminal else io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
     with progress_bar() as show:
-        show(Progress(tokens_done=8, tokens=24, candidates_done=0, candidates=3))
-        show(Progress(tokens_done=24, tokens=24, candidates_done=3, candidates=3))
+        show(_progress(8, 0))
+        show(_progress(24, 3))
     if is_terminal:
         assert "24/24" in stream.getvalue()
         assert "3/3 pictures" in stream.getvalue()
         assert " tokens/s" in stream.getvalue()
     else:
         assert stream.getvalue() == ""
+
+
+def test_speed_counts_only_what_was_sampled_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    class Bar:
+        n = initial = 0
+
+        def __init__(self, **options: object) -> None:
+            bars.append(self)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def set_postfix_str(self, text: str, *, refresh: bool) -> None: ...
+
+        def update(self, count: int) -> None:
+            self.n += count
+
+    monkeypatch.setattr("dalle1.sampling.progress.tqdm", Bar)
+    with progress_bar() as show:
+        show(_progress(20, 2, known=16))
+        show(_progress(24, 3, known=16))
+    assert (bars[0].initial, bars[0].n) == (16, 24)

@@ -14,6 +14,7 @@ from dalle1.models.attention import build_attention
 from dalle1.models.flex_attention import FlexAttention
 from dalle1.models.linear_cross_entropy import linear_cross_entropy
 from dalle1.pipeline import Pipeline, choose_device
+from dalle1.rerank.own_clip import CLIPReranker
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +28,8 @@ def test_all_stages_train_in_bf16_and_their_checkpoints_sample(train: Callable[.
     for stage in ("dvae", "clip", "transformer"):
         assert train(tmp_path, stage, *ON_GPU)["step"] == 8
     last = {stage: tmp_path / stage / "checkpoints" / "last.ckpt" for stage in ("transformer", "dvae", "clip")}
-    pipeline = Pipeline.from_checkpoints(**last).to(choose_device("cuda"))
+    reranker = CLIPReranker.load(last.pop("clip"))
+    pipeline = Pipeline.from_checkpoint(**last, reranker=reranker).to(choose_device("cuda"))
     result = pipeline(["a red circle"], candidates=3)[0]
     assert result.images.isfinite().all()
     assert result.scores == sorted(result.scores or [], reverse=True)

@@ -30,12 +30,12 @@ def test_transformer_is_trained_on_it_and_sampled(train: Train, trained: Path, t
     checkpoint = tmp_path / "transformer" / "checkpoints" / "last.ckpt"
     image_tokenizer = load_image_tokenizer(converted)
     assert load_transformer(checkpoint).dvae_sha256 == image_tokenizer.sha256
-    pipeline = Pipeline.from_checkpoints(transformer=checkpoint, dvae=converted)
+    pipeline = Pipeline.from_checkpoint(transformer=checkpoint, dvae=converted)
     result = pipeline(["a red circle"], candidates=3)[0]
     assert result.images.shape == (3, 3, 16, 16)
     torch.testing.assert_close(result.images, image_tokenizer.decode(result.image_tokens))
     with pytest.raises(ValueError, match="the transformer needs the dVAE it was trained with"):
-        Pipeline.from_checkpoints(transformer=checkpoint, dvae=trained / "dvae" / "checkpoints" / "last.ckpt")
+        Pipeline.from_checkpoint(transformer=checkpoint, dvae=trained / "dvae" / "checkpoints" / "last.ckpt")
 
 
 def test_sizes_that_do_not_fit_it_are_named(train: Train, trained: Path, tmp_path: Path, converted: Path) -> None:

@@ -1,4 +1,4 @@
-"""Picture files by what a person names them: paths, folders, globs, shards."""
+"""Picture files by what a person names them, and their captions: paths, folders, globs, shards."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from dalle1.data.shards import ShardIndex
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+_LONGEST_NAME = 150  # bytes; file systems allow 255, and files have longer names while they are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,9 @@ class PictureFile:
     source: str  # its path; in a shard, the shard's path and the sample's key
     stem: str  # name without folder and extension
     read: Callable[[], bytes]  # raises OSError or, for a sample without a picture, ValueError
+    # Of its sample, or the .txt of its name beside it; None without one. Raises OSError, or ValueError if it is not
+    # UTF-8.
+    read_caption: Callable[[], str | None] = lambda: None
 
 
 def find_pictures(patterns: Sequence[str]) -> list[PictureFile]:
@@ -37,6 +41,23 @@ def find_pictures(patterns: Sequence[str]) -> list[PictureFile]:
         for path in _expand(pattern):
             paths.setdefault(os.path.abspath(path), path)
     return [file for path in paths.values() for file in _open(path)]
+
+
+def unique_names(files: Sequence[PictureFile]) -> Iterator[str]:
+    """A name for what is made of each picture: its own; the second of that name gets `-2` and so on, in any case."""
+    taken = set()
+    for file in files:
+        stem = os.fsencode(file.stem)[:_LONGEST_NAME].decode(errors="ignore")
+        name, number = stem, 2
+        while name.casefold() in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken.add(name.casefold())
+        yield name
+
+
+def printable(path: str) -> str:
+    """A path as text: file names may be any bytes, tables and JSON take text."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _expand(pattern: str) -> Iterator[str]:
@@ -68,9 +89,27 @@ def _pictures_below(folder: str) -> list[str]:
 
 def _open(path: str) -> Iterator[PictureFile]:
     if not path.lower().endswith(".tar"):
-        yield PictureFile(source=path, stem=Path(path).stem, read=Path(path).read_bytes)
+        file = Path(path)
+        yield PictureFile(
+            source=path, stem=file.stem, read=file.read_bytes, read_caption=partial(_caption_beside, file)
+        )
         return
     shard = ShardIndex(path)
     for i in range(len(shard)):
         key = shard.key(i)
-        yield PictureFile(source=f"{path}/{key}", stem=PurePosixPath(key).name, read=partial(shard.image, i))
+        yield PictureFile(
+            source=f"{path}/{key}",
+            stem=PurePosixPath(key).name,
+            read=partial(shard.image, i),
+            read_caption=partial(shard.caption, i) if shard.has_caption(i) else lambda: None,
+        )
+
+
+def _caption_beside(picture: Path) -> str | None:
+    path = picture.with_suffix(".txt")
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its caption must be UTF-8 text, '{printable(str(path))}' is not ({error.reason})") from error

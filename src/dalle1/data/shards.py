@@ -153,6 +153,10 @@ class ShardIndex:
             raise BadSampleError(f"{self.describe(i)} has no picture (.jpg, .jpeg, .png or .webp)", "no picture")
         return data
 
+    def has_caption(self, i: int) -> bool:
+        """Whether sample `i` has a caption, good or bad."""
+        return tuple(self._byte_ranges[i, _CAPTION].tolist()) != _ABSENT
+
     def caption(self, i: int) -> str:
         """Caption of sample `i`, without white space around it; may be empty.
 

@@ -117,12 +117,17 @@ def fit_picture(image: Image.Image, height: int, width: int) -> UInt8[Tensor, "3
     Shrinking averages the area that each new pixel covers, as the paper does (Ramesh et al. 2021, app. A):
     no aliasing, no ringing at edges. Area averaging would enlarge into blocks, so that is bicubic.
     """
-    crop_width = min(image.width, max(1, image.height * width // height))
-    crop_height = min(image.height, max(1, image.width * height // width))
-    left, top = (image.width - crop_width) // 2, (image.height - crop_height) // 2
-    resample = Image.Resampling.BOX if crop_height >= height else Image.Resampling.BICUBIC
-    fitted = image.resize((width, height), resample, box=(left, top, left + crop_width, top + crop_height))
-    return to_pixels(fitted).contiguous()
+    box = crop_box(image.size, height, width)
+    resample = Image.Resampling.BOX if box[3] - box[1] >= height else Image.Resampling.BICUBIC
+    return to_pixels(image.resize((width, height), resample, box=box)).contiguous()
+
+
+def crop_box(size: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the largest centred part with that aspect, of a picture of `size` (w, h)."""
+    crop_width = min(size[0], max(1, size[1] * width // height))
+    crop_height = min(size[1], max(1, size[0] * height // width))
+    left, top = (size[0] - crop_width) // 2, (size[1] - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
 
 
 def to_pixels(image: Image.Image) -> UInt8[Tensor, "3 h w"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dalle1.data.fields import require_int
@@ -59,10 +59,14 @@ def token_nats(
     finally:
         transformer.train(was_training)
     text_nats, image_nats = (torch.cat(nats) for nats in zip(*parts, strict=True))
-    is_word = text_tokens.cpu() < config.text_vocab_size
-    # Every real token and the padding token right after the last one, as training reports them.
-    is_told = torch.cat([torch.ones_like(is_word[:, :1]), is_word[:, :-1]], dim=1)
+    is_told = told_tokens(text_tokens.cpu(), config.text_vocab_size)
     return TokenNats(text=text_nats * is_told, image=image_nats.view(image_tokens.shape))
+
+
+def told_tokens(text_tokens: Int[Tensor, "b t"], text_vocab_size: int) -> Bool[Tensor, "b t"]:
+    """Which text tokens count, as training reports them: the real ones and the padding token right after the last."""
+    is_word = text_tokens < text_vocab_size
+    return torch.cat([torch.ones_like(is_word[:, :1]), is_word[:, :-1]], dim=1)
 
 
 def _nats(transformer: DalleTransformer, text: Int[Tensor, "b t"], image: Int[Tensor, "b n"]) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,18 @@
-"""Pictures for people: of tensors, of tokens, of code use, of curves; to PNG files."""
+"""Pictures for people: of tensors, of tokens, of numbers, of code use, of curves; to PNG files."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dalle1.atomic_files import atomic
@@ -40,6 +41,33 @@ def token_maps(image_tokens: Int[Tensor, "b gh gw"], *, pixels_per_token: int) -
     return [Image.fromarray(picture) for picture in squares]
 
 
+def heat_map(values: Float[Tensor, "gh gw"], *, highest: float, pixels_per_value: int) -> Image.Image:
+    """Each value a square: dark at 0, bright at `highest` > 0 and above it."""
+    squares = _heat_colors(values.cpu().numpy() / highest)
+    return Image.fromarray(squares.repeat(pixels_per_value, axis=0).repeat(pixels_per_value, axis=1))
+
+
+def heat_legend(low: str, high: str, *, width: int) -> Image.Image:
+    """The colours of `heat_map` from 0 to `highest`, with words for both ends below them; `width` in pixels."""
+    font = ImageFont.load_default(12)
+    bar_height, text_height = 12, int(font.getbbox("Ag")[3]) + 4
+    legend = Image.new("RGB", (width, bar_height + text_height), "white")
+    bar = _heat_colors(np.linspace(0, 1, width)[None].repeat(bar_height, axis=0))
+    legend.paste(Image.fromarray(bar), (0, 0))
+    pen = ImageDraw.Draw(legend)
+    pen.text((0, bar_height + 1), low, (96, 96, 96), font)
+    pen.text((width - font.getlength(high), bar_height + 1), high, (96, 96, 96), font)
+    return legend
+
+
+def _heat_colors(shares: np.ndarray) -> np.ndarray:
+    """uint8 (h, w, 3) of numbers (h, w), clipped to [0, 1]."""
+    import matplotlib
+
+    colors: np.ndarray = matplotlib.colormaps["inferno"](shares.clip(0, 1), bytes=True)[..., :3]
+    return np.ascontiguousarray(colors)
+
+
 def draw_code_use(counts: Int[Tensor, " vocab_size"], title: str) -> Image.Image:
     """Codes by how often they occur, most frequent first, on a logarithmic scale; dead codes are the gap at the end."""
     import matplotlib.figure
@@ -56,10 +84,16 @@ def draw_code_use(counts: Int[Tensor, " vocab_size"], title: str) -> Image.Image
     return Image.open(buffer)
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG that is either whole or absent; makes the directory."""
+_LONG_TEXT = 500  # characters; from there on it is compressed
+
+
+def save_picture(picture: Image.Image, path: Path, *, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG that is either whole or absent, with texts that travel in it; makes the directory."""
+    info = PngInfo()
+    for name, value in (text or {}).items():
+        info.add_itxt(name, value, zip=len(value) > _LONG_TEXT)
     with atomic(path) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", pnginfo=info)
 
 
 def save_curves(metrics_csvs: Sequence[Path], path: Path) -> None:

@@ -26,6 +26,7 @@ from dalle1.evaluation.pictures import save_picture, to_pictures, to_uint8
 from dalle1.evaluation.shapes_scorer import Score, score, summarize
 from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.pipeline import Pipeline, PromptResult, choose_device
+from dalle1.rerank.own_clip import CLIPReranker
 from dalle1.sampling.filters import SamplingConfig
 from dalle1.sampling.progress import progress_bar
 
@@ -66,10 +67,10 @@ def make_report(
     started = time.monotonic()
     summaries = {stage: _read_summary(results_dir / stage) for stage in STAGES}
     last = Path("checkpoints") / "last.ckpt"
-    pipeline = Pipeline.from_checkpoints(
+    pipeline = Pipeline.from_checkpoint(
         transformer=results_dir / "transformer" / last,
         dvae=results_dir / "dvae" / last,
-        clip=results_dir / "clip" / last,
+        reranker=CLIPReranker.load(results_dir / "clip" / last),
     ).to(choose_device(device))
     if guidance_scale is None:
         guidance_scale = pipeline.default_guidance_scale

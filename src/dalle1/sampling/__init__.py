@@ -1,1 +1,1 @@
-"""From logits to image tokens: `filters` (which codes stay possible), then `generate` (the decoding loop)."""
+"""From logits to image tokens: `filters` (which codes stay possible), then `sampler` (the decoding loop)."""

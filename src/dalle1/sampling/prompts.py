@@ -1,4 +1,4 @@
-"""Where the prompts of a run come from."""
+"""Where the prompts and captions of a run come from."""
 
 from pathlib import Path
 
@@ -14,14 +14,24 @@ def read_prompts(prompt: str | None, prompts_file: str | Path | None) -> list[st
     if prompts_file is None:
         assert prompt is not None, "one of the two is given"
         return [prompt]
-    path = Path(prompts_file)
+    return read_lines(prompts_file, option="prompts_file", each="prompt")
+
+
+def read_lines(path: str | Path, *, option: str, each: str) -> list[str]:
+    """The lines of a text file that are not blank, without white space around them.
+
+    `option` and `each` name in messages where the path came from and what a line is.
+
+    Raises: ValueError if it is not UTF-8 or holds nothing; FileNotFoundError if there is no such file.
+    """
+    path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"prompts_file must be a text file with one prompt per line, there is none at '{path}'")
+        raise FileNotFoundError(f"{option} must be a text file with one {each} per line, there is none at '{path}'")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts_file must be UTF-8 text, '{path}' is not ({error.reason})") from error
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts_file must hold at least one prompt, '{path}' holds none")
-    return prompts
+        raise ValueError(f"{option} must be UTF-8 text, '{path}' is not ({error.reason})") from error
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{option} must hold at least one {each}, '{path}' holds none")
+    return lines

@@ -16,7 +16,7 @@ from dalle1.models.options import AttentionBackend, check_field_types
 from dalle1.models.resblock_scaling import ResblockScaling
 from dalle1.models.transformer import DalleTransformer
 from dalle1.picture_grid import GridBlock, draw_page
-from dalle1.sampling.generate import generate
+from dalle1.sampling.sampler import Sampler
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
 from dalle1.training.optim import OptimConfig
@@ -164,7 +164,7 @@ class TransformerModule(StageModule):
     def draw_pictures(self, batch: Batch) -> dict[str, Image.Image]:
         """One sample of each caption, drawn from the same random numbers every time."""
         text_tokens = batch["text_tokens"].to(self.device)
-        tokens = generate(self.model, text_tokens, seeds=[[i] for i in range(len(text_tokens))])
+        tokens = Sampler(self.model).sample(text_tokens, seeds=[[i] for i in range(len(text_tokens))])
         samples = to_pictures(self.image_tokenizer.decode(tokens.flatten(0, 1)))
         block = GridBlock(title="one sample for each caption", pictures=samples, columns=len(samples))
         return {"samples": draw_page([block])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from dalle1.models.decoding import Decoder, TextStates
 from dalle1.models.transformer import DalleTransformer
-from dalle1.sampling.filters import SamplingConfig
-from dalle1.sampling.generate import Progress, candidate_seeds, draw_codes, generate
+from dalle1.sampling.filters import DEFAULT_SAMPLING, SamplingConfig
+from dalle1.sampling.sampler import Block, Sampler, candidate_seeds, draw_codes
 
 MakeTransformer = Callable[..., DalleTransformer]
 
@@ -20,6 +21,17 @@ MakeTransformer = Callable[..., DalleTransformer]
 @pytest.fixture(scope="module")
 def transformer(make_transformer: MakeTransformer) -> DalleTransformer:
     return make_transformer()
+
+
+def generate(
+    transformer: DalleTransformer,
+    text: Tensor,
+    *,
+    config: SamplingConfig = DEFAULT_SAMPLING,
+    negative: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    return Sampler(transformer, config, negative=negative).sample(text, **options)
 
 
 def _text(transformer: DalleTransformer, n_prompts: int) -> Tensor:
@@ -202,12 +214,23 @@ def test_draw_codes_at_the_ends_of_the_interval_finds_possible_codes() -> None:
     assert draw_codes(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 3]
 
 
-def test_progress_counts_tokens_and_finished_candidates(transformer: DalleTransformer) -> None:
-    seen: list[Progress] = []
-    generate(transformer, _text(transformer, 1), seeds=[[1, 2, 3]], batch_size=2, on_progress=seen.append)
-    assert [progress.tokens_done for progress in seen] == [*range(2, 25, 2), *range(25, 37)]
-    assert [progress.candidates_done for progress in seen] == [0] * 11 + [2] * 12 + [3]
-    assert (seen[0].tokens, seen[0].candidates) == (36, 3)
+def test_blocks_come_as_they_get_done_and_fill_up_while_they_are_decoded(transformer: DalleTransformer) -> None:
+    seen, texts, seeds = [], _text(transformer, 3), [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+    def look(block: Block, positions: int) -> None:
+        sampled = block.image_tokens.flatten(2) >= 0
+        assert torch.equal(sampled, (torch.arange(12) < positions).expand_as(sampled))
+        seen.append(positions)
+
+    blocks = list(Sampler(transformer).blocks(texts, seeds=seeds, batch_size=2, on_step=look))
+    assert [(block.prompts, block.candidates) for block in blocks] == [
+        (range(prompt, prompt + 1), candidates) for prompt in range(3) for candidates in (range(2), range(2, 3))
+    ]
+    assert seen == [*range(1, 13)] * 6
+    wide = list(Sampler(transformer).blocks(texts, seeds=seeds, batch_size=6))
+    assert [(block.prompts, block.candidates) for block in wide] == [(range(2), range(3)), (range(2, 3), range(3))]
+    expected = generate(transformer, texts, seeds=seeds)
+    assert torch.equal(torch.cat([block.image_tokens for block in wide]), expected)
 
 
 def test_seeds_of_candidates_are_fixed_for_ever() -> None:

@@ -1,0 +1,251 @@
+"""What sample.py does: from its configuration to a directory of pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from dalle1.checkpoint import Loaded, load_image_tokenizer, load_transformer
+from dalle1.data.fields import require_int
+from dalle1.data.sampled_picture import read_sampled_picture
+from dalle1.data.transforms import decode_image
+from dalle1.models.transformer import DalleTransformer
+from dalle1.pipeline import Pipeline, choose_device, finish
+from dalle1.preview import Preview
+from dalle1.rerank.choose import load_reranker
+from dalle1.rerank.reranker import Reranker
+from dalle1.results import RunOrigin, SampleRun, WrittenRun
+from dalle1.sampling.filters import SamplingConfig
+from dalle1.sampling.image_prompt import ImagePrompt
+from dalle1.sampling.progress import Progress, progress_bar
+from dalle1.sampling.prompts import read_prompts
+from dalle1.sampling.sampler import candidate_seeds
+
+
+def run(cfg: DictConfig) -> WrittenRun:
+    """Sample and rank, or rank again, as `cfg` (conf/sample.yaml) asks for.
+
+    Ctrl-C writes the pictures that are done; the same configuration goes on with the rest.
+
+    Raises: ValueError, TypeError or OSError with one sentence for what cannot be done.
+    """
+    require_int("keep", 1 if cfg.keep is None else cfg.keep, at_least=1)
+    return _rank_again(cfg) if cfg.rerank.only is not None else _Sampling(cfg).run()
+
+
+class _Sampling:
+    """Loads all that a configuration names, and finds what is wrong with it before anything is written."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._cfg = cfg
+        picture = _read_picture("image", cfg.image)
+        for name in ("mask", "keep_rows", "variations"):
+            if picture is None and cfg[name] is not None:
+                raise ValueError(f"{name} says what of a picture stays, so it needs image=..., got none")
+        prompts = _prompts(cfg)
+        self._candidates = _candidates(cfg)
+        sampling = _sampling_config(cfg)
+        self._pipeline = _load_pipeline(cfg)
+        if cfg.guidance_scale is None:
+            sampling = replace(sampling, guidance_scale=self._pipeline.default_guidance_scale)
+        self._settings = _settings(cfg) | asdict(sampling)
+        image_prompt = None if picture is None else _image_prompt(cfg, self._pipeline, picture)
+        what = {"seed": cfg.seed, "sampling": sampling, "negative_prompt": cfg.negative_prompt}
+        prompts = self._pipeline.check_prompts(prompts)
+        origin = RunOrigin.of(self._pipeline, prompts, image_prompt=image_prompt, **what)
+        self._run = SampleRun.open(
+            cfg.out if cfg.out is not None else f"runs/{cfg.name}/samples/{origin.name}",
+            origin,
+            checkpoints=self._pipeline.checkpoints,
+            image_prompt=image_prompt,
+        )
+        self._image_prompt = image_prompt
+        self._preview = None
+        if cfg.preview_every is not None:
+            path = self._run.directory / "preview.png"
+            self._preview = Preview(path, self._pipeline.image_tokenizer, cfg.preview_every)
+        self._show: Callable[[Progress], None] | None = None
+        self._results = self._pipeline.stream(
+            prompts,
+            candidates=self._candidates,
+            keep=cfg.keep,
+            image_prompt=image_prompt,
+            batch_size=cfg.batch_size,
+            store=self._run,
+            on_progress=self._on_progress,
+            **what,
+        )
+
+    def _on_progress(self, progress: Progress) -> None:
+        if self._show:
+            self._show(progress)
+        if self._preview:
+            self._preview(progress)
+
+    def run(self) -> WrittenRun:
+        """Sample what is not there yet, and write all that is asked for."""
+        try:
+            with progress_bar() as self._show:
+                for number, result in enumerate(self._results):
+                    self._run.write(number, result)
+            return self._finish()
+        except KeyboardInterrupt:
+            print("interrupted: writing the pictures that are done; again to stop at once", file=sys.stderr)
+            self._write_partial_results()
+            if self._run.has_pictures:
+                print(f"{self._finish(complete=False)}\nthe same command goes on with the rest")
+            raise
+        except OSError as error:
+            done = f"what is done stays in '{self._run.directory}', and the same command goes on with the rest"
+            raise OSError(f"{error}; {done}") from error
+        finally:
+            if self._preview:
+                self._preview.remove()
+
+    def _write_partial_results(self) -> None:
+        """Pictures of prompts that have some of their candidates."""
+        for number, prompt in enumerate(self._run.origin.prompts):
+            tokens = self._run.load(number)
+            if tokens is not None and not self._run.has_written(number):
+                tokens = tokens[: self._candidates]
+                pipeline = self._pipeline
+                result = finish(
+                    prompt,
+                    tokens,
+                    candidate_seeds(self._cfg.seed, prompt, len(tokens)),
+                    image_tokenizer=pipeline.image_tokenizer,
+                    reranker=pipeline.reranker,
+                    keep=self._cfg.keep,
+                    image_prompt=self._image_prompt,
+                    device=pipeline.device,
+                )
+                self._run.write(number, result)
+
+    def _finish(self, *, complete: bool = True) -> WrittenRun:
+        reranker = self._pipeline.reranker
+        facts = reranker.facts if reranker else None
+        return self._run.finish(settings=self._settings, reranker=facts, complete=complete)
+
+
+def _rank_again(cfg: DictConfig) -> WrittenRun:
+    for name in ("prompt", "prompts_file", "image", "out"):
+        if cfg[name] is not None:
+            raise ValueError(f"with rerank.only, which ranks what its directory holds, leave out {name}={cfg[name]}")
+    samples = SampleRun.reopen(cfg.rerank.only)
+    origin, device = samples.origin, choose_device(cfg.device)
+    image_tokenizer = load_image_tokenizer(cfg.dvae)
+    if image_tokenizer.sha256 != origin.dvae_sha256:
+        raise ValueError(
+            f"'{cfg.rerank.only}' was sampled with dVAE {origin.dvae_sha256[:12]}, got {image_tokenizer.sha256[:12]}; "
+            "give that one as dvae=..."
+        )
+    reranker = _load_reranker(cfg, lambda: load_transformer(cfg.transformer))
+    if reranker:
+        reranker.to(device)
+        for prompt in origin.prompts:
+            reranker.check(prompt)
+    for number, prompt in enumerate(origin.prompts):
+        tokens = samples.load(number)
+        if tokens is not None:
+            result = finish(
+                prompt,
+                tokens,
+                candidate_seeds(origin.seed, prompt, len(tokens)),
+                image_tokenizer=image_tokenizer,
+                reranker=reranker,
+                keep=cfg.keep,
+                image_prompt=samples.image_prompt,
+                device=device,
+            )
+            samples.write(number, result)
+    if not samples.has_pictures:
+        raise ValueError(f"'{cfg.rerank.only}' must hold sampled pictures, it has none yet; sample first")
+    changed = {name: _settings(cfg)[name] for name in ("rerank", "keep")}
+    facts = reranker.facts if reranker else None
+    return samples.finish(settings=samples.settings | changed, reranker=facts, complete=samples.is_complete)
+
+
+def _prompts(cfg: DictConfig) -> list[str]:
+    if cfg.prompt is not None or cfg.prompts_file is not None or cfg.image is None:
+        return read_prompts(cfg.prompt, cfg.prompts_file)
+    sampled = read_sampled_picture(Path(cfg.image).read_bytes())
+    if sampled is None:
+        raise ValueError(f"give prompt=... too: '{cfg.image}' was not sampled here, and has none of its own")
+    return [sampled.prompt]
+
+
+def _candidates(cfg: DictConfig) -> int:
+    name = "candidates" if cfg.variations is None else "variations"
+    require_int(name, cfg[name], at_least=1)
+    return int(cfg[name])
+
+
+def _sampling_config(cfg: DictConfig) -> SamplingConfig:
+    """Without guidance if that depends on the transformer."""
+    return SamplingConfig(
+        temperature=cfg.temperature,
+        temperature_end=cfg.temperature_end,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        guidance_scale=1.0 if cfg.guidance_scale is None else cfg.guidance_scale,
+    )
+
+
+def _load_pipeline(cfg: DictConfig) -> Pipeline:
+    """All models, the largest last, so that whatever else is missing is found at once."""
+
+    @cache
+    def transformer() -> Loaded[DalleTransformer]:
+        return load_transformer(cfg.transformer)
+
+    device = choose_device(cfg.device)
+    image_tokenizer = load_image_tokenizer(cfg.dvae)
+    reranker = _load_reranker(cfg, transformer)
+    return Pipeline(transformer(), image_tokenizer, reranker).to(device)
+
+
+def _load_reranker(cfg: DictConfig, transformer: Callable[[], Loaded[DalleTransformer]]) -> Reranker | None:
+    return load_reranker(
+        cfg.rerank.kind,
+        model=cfg.rerank.model,
+        allow_download=cfg.rerank.allow_download,
+        load_transformer=transformer,
+    )
+
+
+def _image_prompt(cfg: DictConfig, pipeline: Pipeline, picture: Image.Image) -> ImagePrompt:
+    keep_rows = cfg.keep_rows
+    if cfg.variations is not None and keep_rows is None and cfg.mask is None:
+        keep_rows = max(1, pipeline.transformer.model.config.grid_height // 2)
+    sampled = read_sampled_picture(Path(cfg.image).read_bytes())
+    return pipeline.image_prompt(
+        picture,
+        keep_rows=keep_rows,
+        mask=_read_picture("mask", cfg.mask),
+        paste_kept=cfg.paste_kept,
+        sampled=sampled,
+    )
+
+
+def _read_picture(option: str, path: str | None) -> Image.Image | None:
+    if path is None:
+        return None
+    try:
+        return decode_image(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{option} must be a picture, there is none at '{path}'") from error
+    except ValueError as error:
+        raise ValueError(f"{option} must be a JPEG, PNG or WebP file, '{path}' cannot be read: {error}") from error
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    content = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(content, dict), "it is one in the file"
+    return {str(name): value for name, value in content.items()}
