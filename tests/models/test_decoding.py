@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dalle1.models.attention_masks import StreamLayout
 from dalle1.models.decoding import Decoder, Decoding
-from dalle1.models.kv_cache import ImageStates, count_slots
+from dalle1.models.kv_cache import ImageStates, Places, count_slots
 from dalle1.models.options import AttentionPattern, ConvOffsets
 from dalle1.models.packed_linear import PackedLinear, RowwiseActivation, can_pack
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
@@ -128,7 +128,7 @@ def test_a_text_is_not_copied_for_its_candidates(make_transformer: MakeTransform
     decoder = Decoder(model)
     text = decoder.prefill(_tokens(model, 1, 1)[0])
     decoding = Decoding(decoder, [([text], 100)])
-    assert decoding._groups[0].keys[0].data_ptr() == text.keys[0].data_ptr()
+    assert decoding._layers[0].texts[0].keys.data_ptr() == text.keys[0].data_ptr()
     assert not decoding.logits.requires_grad
 
 
@@ -146,14 +146,96 @@ def test_kept_states_are_those_of_the_mask(
         conv_kernel_size=3,
         conv_offsets=conv_offsets,
     )
-    states = ImageStates(layout, pattern, (1, 1, 1), torch.zeros(()))
+    places, shape = Places(layout, pattern, torch.device("cpu")), (1, 1, 1)
+    sliced, static = (ImageStates(layout, pattern, shape, torch.zeros(())) for _ in range(2))
     for state, allowed in enumerate(layout.image_mask(pattern)):
-        number = torch.full((1, 1, 1), float(state))
-        keys, values, mask = states.append(state, number, -number)
-        assert keys.shape[2] <= count_slots(layout, pattern)
-        seen = keys.flatten() if mask is None else keys.flatten()[mask]
-        assert sorted(seen.tolist()) == allowed.nonzero().flatten().tolist()
-        assert torch.equal(values, -keys)
+        number = torch.full(shape, float(state))
+        for states, place in ((sliced, state), (static, places.at(torch.tensor([state])))):
+            keys, values, hidden = states.append(place, number, -number)
+            assert keys.shape[2] <= count_slots(layout, pattern)
+            seen = keys.flatten() if hidden is None else keys.flatten()[~hidden]
+            assert sorted(seen.tolist()) == allowed.nonzero().flatten().tolist()
+            assert torch.equal(values, -keys)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("options", [{}, {"start": "two"}, {"attention": ("full", "conv", "column", "row")}], ids=str)
+@pytest.mark.parametrize("shared", [0, 1, 6, 10])
+def test_candidates_that_share_a_beginning_have_the_bits_of_others(
+    make_transformer: MakeTransformer,
+    options: dict[str, Any],
+    shared: int,
+    packed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not packed:
+        monkeypatch.setattr("dalle1.models.decoding.can_pack", lambda model: False)
+    model = make_transformer(**options)
+    # Two prompts and their pictures without one; every prompt has three candidates, each of them guided.
+    text, image = _tokens(model, 2, 12)
+    image[:, :shared] = image[:, :shared].view(4, 3, shared)[:, :1].expand(-1, 3, -1).flatten(0, 1)
+    with torch.inference_mode():
+        decoder = Decoder(model)
+        texts = [decoder.prefill(each[None]) for each in (*text, model.empty_text()[0])]
+        expected = _logits(Decoding(decoder, [(texts[:2], 3), (texts[2:], 6)]), image)
+        prefix = Decoding(decoder, [(texts[:2], 1), (texts[2:], 2)])
+        for column in image[::3, :shared].T:
+            prefix.step(column)
+        decoding = prefix.spread(3)
+        assert torch.equal(decoding.logits, expected[:, shared])
+        for position, column in enumerate(image[:, shared:-1].T, start=shared + 1):
+            assert torch.equal(decoding.step(column), expected[:, position])
+        # It can be spread again, as when candidates come in batches.
+        assert torch.equal(
+            prefix.spread(2).step(image[::3, shared].repeat_interleave(2))[::2], expected[::3, shared + 1]
+        )
+
+
+def test_texts_are_not_copied_where_candidates_part(make_transformer: MakeTransformer) -> None:
+    model = make_transformer()
+    decoder = Decoder(model)
+    prefix = Decoding(decoder, [([decoder.prefill(each[None]) for each in _tokens(model, 2, 1)[0]], 1)])
+    texts = [decoding._layers[0].texts[0] for decoding in (prefix, prefix.spread(50))]
+    assert texts[0].keys.data_ptr() == texts[1].keys.data_ptr()
+    assert texts[1].rows == 100
+    with pytest.raises(ValueError, match="candidates must be >= 1, got 0"):
+        prefix.spread(0)
+
+
+def test_a_finished_picture_keeps_no_states_and_has_no_next_step(make_transformer: MakeTransformer) -> None:
+    model = make_transformer()
+    decoder, (text, image) = Decoder(model), _tokens(model, 1, 1)
+    decoding = Decoding(decoder, [([decoder.prefill(text)], 1)])
+    _logits(decoding, image)
+    assert not decoding._layers
+    for another in (lambda: decoding.step(image[:, -1]), lambda: decoding.spread(2)):
+        with pytest.raises(ValueError, match="a picture must not have more than 11 steps: its last token needs none"):
+            another()
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.0025)])
+def test_logits_of_16_bits_are_near_those_of_32(
+    make_transformer: MakeTransformer, dtype: torch.dtype, tolerance: float, static: bool
+) -> None:
+    model = make_transformer(d_model=64, attention=("row", "column", "conv", "full"), start="two")
+    text, image = _tokens(model, 1, 16)
+    logits = []
+    for decoder in (Decoder(model), Decoder(model, dtype=dtype, static=static)):
+        states = decoder.prefill(text)
+        logits.append(_logits(Decoding(decoder, [([states], 16)]), image))
+    assert (states.keys[0].dtype, logits[1].dtype) == (dtype, torch.float32)
+    assert model.blocks[0].mlp[0].weight.dtype == torch.float32, "the model itself stays as it is"
+    # In units of how much logits differ: 8 bits, or 11, of every number, and some ten roundings one after the other.
+    error = (logits[1] - logits[0]).square().mean().sqrt() / logits[0].std()
+    assert error < tolerance
+    agreement = (logits[1].argmax(-1) == logits[0].argmax(-1)).float().mean()
+    assert agreement > 0.9
+
+
+def test_only_numbers_with_a_point_are_types_of_weights(make_transformer: MakeTransformer) -> None:
+    with pytest.raises(ValueError, match=r"dtype must be a type of floating-point numbers, got torch\.int8"):
+        Decoder(make_transformer(), dtype=torch.int8)
 
 
 def test_slots_of_the_papers_layers() -> None:

@@ -1,4 +1,4 @@
-"""Layers in the form in which a CPU decodes with them: few rows at a time, again and again.
+"""Copies of layers to decode with; most of this is the form for a CPU, where rows are few, again and again.
 
 `F.linear` lays a weight out anew at every call, which takes longer than the product when there are few rows; here it is
 done once. Measured on an x86 CPU, two threads, torch 2.13, beside other work: for 16 rows of a 512 x 1536 layer 91
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import platform
 from collections import OrderedDict
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -88,3 +89,17 @@ def with_children(module: nn.Module, children: dict[str, nn.Module]) -> nn.Modul
     packed._forward_hooks, packed._forward_pre_hooks = OrderedDict(), OrderedDict()
     packed._compiled_call_impl = None
     return packed
+
+
+def in_type(module: nn.Module, dtype: torch.dtype | None, *, but: Collection[str] = ()) -> nn.Module:
+    """A copy of `module` with weights of another type; those that are of this type already are shared.
+
+    The children in `but` keep their type; without `dtype` all do. Hooks and what was compiled stay with the original.
+    """
+    children = {name: in_type(child, None if name in but else dtype) for name, child in module.named_children()}
+    copied = with_children(module, children)
+    copied._parameters = {
+        name: None if weight is None else nn.Parameter(weight.detach().to(dtype or weight.dtype), requires_grad=False)
+        for name, weight in module._parameters.items()
+    }
+    return copied

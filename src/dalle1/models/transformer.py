@@ -312,16 +312,17 @@ class DalleTransformer(nn.Module):
     def embed_image(self, image_tokens: Int[Tensor, "b m"], first: int = 0) -> Float[Tensor, "b m d"]:
         """States of image tokens first .. first + m - 1, which stand one position later if the image has a start."""
         first += 1 if self.config.start == "two" else 0
-        return self.image_embedding(image_tokens) + self._image_positions(first, image_tokens.shape[1])
+        return self.image_embedding(image_tokens) + self.image_positions(first, image_tokens.shape[1])
 
     def embed_stream(self, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b m"]) -> Float[Tensor, "b r d"]:
         """All states up to that of the last given image token."""
         parts = [self.embed_text(text_tokens)]
         if self.config.start == "two":
-            parts.append((self.image_start + self._image_positions(0, 1)).expand(len(text_tokens), -1, -1))
+            parts.append((self.image_start + self.image_positions(0, 1)).expand(len(text_tokens), -1, -1))
         return torch.cat([*parts, self.embed_image(image_tokens)], dim=1)
 
-    def _image_positions(self, first: int, count: int) -> Float[Tensor, "m d"]:
+    def image_positions(self, first: int, count: int) -> Float[Tensor, "m d"]:
+        """What stands for the positions first .. first + count - 1 of the grid."""
         positions = torch.arange(first, first + count, device=self.start.device)
         row, column = positions // self.config.grid_width, positions % self.config.grid_width
         return self.row_embedding(row) + self.column_embedding(column)

@@ -1,0 +1,63 @@
+"""Kernels recorded once and then launched together (a CUDA graph).
+
+A step for few sequences has hundreds of kernels of some microseconds, and Python takes longer to launch each than it
+runs. A graph launches all of them at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# Libraries, kernels and compiled parts are loaded at the first call, the second is like any other.
+_CALLS_BEFORE = 2
+
+
+class CudaGraph:
+    """What a function did when it was recorded, to be done again in the same memory."""
+
+    def __init__(self, function: Callable[[], Tensor], device: torch.device) -> None:
+        """Call `function` a few times on `device`, then record it.
+
+        It must wait for nothing, allocate nothing that outlives it but its result, and be allowed to be called again.
+        The tensors that it reads and writes must live as long as this.
+
+        Raises: RuntimeError if PyTorch cannot record it.
+        """
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            current = torch.cuda.current_stream(device)
+            self._graph = torch.cuda.CUDAGraph()
+            side.wait_stream(current)
+            # Ours, not only `torch.cuda.graph`'s: that leaves its stream the current one when recording fails.
+            with torch.cuda.stream(side):
+                for _ in range(_CALLS_BEFORE):
+                    function()
+                current.wait_stream(side)
+                # Other threads may go on, such as one that pins memory for training.
+                with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                    self._result = function()
+
+    def replay(self) -> Tensor:
+        """Do it again; its result, which the next call overwrites."""
+        self._graph.replay()
+        return self._result
+
+
+def try_to_record(function: Callable[[], Tensor], device: torch.device) -> CudaGraph | None:
+    """A graph of `function`, see `CudaGraph`; None where there is no CUDA, or, with a warning, if it fails."""
+    if device.type != "cuda":
+        return None
+    try:
+        return CudaGraph(function, device)
+    except torch.OutOfMemoryError:
+        raise  # there is no more of it without a graph
+    except RuntimeError as error:
+        first_line = str(error).partition("\n")[0]
+        logger.warning("decoding goes on without a CUDA graph, which is slower: %s", first_line)
+        return None
