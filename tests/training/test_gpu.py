@@ -11,10 +11,14 @@ import torch
 
 from dalle1.models import relaxation
 from dalle1.models.attention import build_attention
+from dalle1.models.decoding import Decoder, Decoding
 from dalle1.models.flex_attention import FlexAttention
 from dalle1.models.linear_cross_entropy import linear_cross_entropy
+from dalle1.models.transformer import DalleTransformer
 from dalle1.pipeline import Pipeline, choose_device
 from dalle1.rerank.own_clip import CLIPReranker
+from dalle1.sampling.filters import SamplingConfig
+from dalle1.sampling.sampler import Sampler, draw_codes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,3 +90,92 @@ def test_relaxation_equals_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         results.append([vectors, kl, *torch.autograd.grad(vectors.square().sum() + kl.sum(), inputs)])
     for cpu, gpu in zip(*results, strict=True):
         torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-10, atol=1e-12)
+
+
+@torch.inference_mode()
+def _decode(decoder: Decoder, texts: torch.Tensor, candidates: int, *, greedy: bool) -> tuple[torch.Tensor, ...]:
+    """Tokens (r, n) and their logits (r, n, v) of two prompts, drawn from fixed random numbers."""
+    states = [decoder.prefill(text[None]) for text in texts]
+    decoding = Decoding(decoder, [(states[:1], candidates), (states[1:], candidates)])
+    length = decoder.model.config.image_seq_len
+    uniforms = torch.rand(2 * candidates, length, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits, tokens = [decoding.logits], []
+    for column in uniforms.to(texts.device).T.contiguous():
+        tokens.append(logits[-1].argmax(-1) if greedy else draw_codes(logits[-1].double(), column))
+        if len(tokens) < length:
+            logits.append(decoding.step(tokens[-1]))
+    return torch.stack(tokens, 1), torch.stack(logits, 1)
+
+
+def _texts(model: DalleTransformer) -> torch.Tensor:
+    shape = (2, model.config.text_seq_len)
+    return torch.randint(model.config.text_vocab_size, shape, generator=torch.Generator().manual_seed(3)).cuda()
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["paper", ("full", "conv", "column", "row")])
+def test_cuda_graphs_have_the_tokens_of_eager_steps(
+    make_transformer: Callable[..., DalleTransformer],
+    attention: Any,
+    dtype: torch.dtype,
+    greedy: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_transformer(attention=attention, d_model=64, grid_height=6, grid_width=5, start="two").cuda()
+    decoder, batches = Decoder(model, dtype=dtype), (3, 3, 1)
+    with_graph = []
+    for candidates in batches:
+        with_graph.append(_decode(decoder, _texts(model), candidates, greedy=greedy))
+        assert decoder._kept is not None
+        assert decoder._kept._graph is not None
+    monkeypatch.setattr("dalle1.models.decoding.try_to_record", lambda *_: None)
+    for candidates, (tokens, logits) in zip(batches, with_graph, strict=True):
+        expected = _decode(Decoder(model, dtype=dtype), _texts(model), candidates, greedy=greedy)
+        assert torch.equal(tokens, expected[0])
+        torch.testing.assert_close(logits, expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_cuda_graphs_have_the_logits_of_other_steps_and_of_a_cpu(
+    make_transformer: Callable[..., DalleTransformer],
+) -> None:
+    model = make_transformer(d_model=64, grid_height=6, grid_width=5, attention=("full", "conv", "column", "row"))
+    texts = _texts(model)
+    tokens, expected = _decode(Decoder(model), texts.cpu(), 3, greedy=True)
+    model.cuda()
+    for options, tolerance in (({}, 1e-3), ({"static": False}, 1e-3), ({"compiled": True}, 1e-3)):
+        torch._dynamo.reset()
+        decoded = _decode(Decoder(model, **options), texts, 3, greedy=True)
+        assert torch.equal(decoded[0].cpu(), tokens)
+        torch.testing.assert_close(decoded[1].cpu(), expected, rtol=tolerance, atol=tolerance)
+    # 8 bits of every number.
+    _, logits = _decode(Decoder(model, dtype=torch.bfloat16), texts, 3, greedy=True)
+    first = logits[:, 0].cpu() - expected[:, 0]
+    assert first.square().mean().sqrt() < 0.02 * expected[:, 0].std()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
+def test_pictures_in_batches_are_those_without_cuda_graphs(
+    make_transformer: Callable[..., DalleTransformer], guidance_scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_transformer(d_model=64).cuda()
+    options: Any = {"seeds": [list(range(7))] * 2, "config": SamplingConfig(guidance_scale=guidance_scale)}
+    tokens = generate(model, _texts(model), **options, batch_size=3)
+    monkeypatch.setattr("dalle1.models.decoding.try_to_record", lambda *_: None)
+    assert torch.equal(generate(model, _texts(model), **options, batch_size=3), tokens)
+
+
+def test_candidates_that_share_a_beginning_go_on_in_cuda_graphs(
+    make_transformer: Callable[..., DalleTransformer],
+) -> None:
+    model = make_transformer(d_model=64).cuda()
+    with torch.inference_mode():
+        decoder = Decoder(model)
+        states = [decoder.prefill(text[None]) for text in _texts(model)]
+        one, many = (Decoding(decoder, [(states, candidates)]) for candidates in (1, 3))
+        for position in range(5):
+            tokens = torch.tensor([position, position + 1], device="cuda")
+            one.step(tokens)
+            many.step(tokens.repeat_interleave(3))
+        tokens = torch.arange(6, device="cuda")
+        torch.testing.assert_close(one.spread(3).step(tokens), many.step(tokens), rtol=1e-3, atol=1e-3)
