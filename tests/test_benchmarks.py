@@ -50,6 +50,7 @@ def test_the_transformer_that_is_compared_is_as_large_as_its_peer() -> None:
         ("transformer_loss.py", ["--updates", "3"], "error: --updates must be >= 200, got 3"),
         ("sampling.py", ["--repeats", "0"], "error: --repeats must be >= 1, got 0"),
         ("gpu.py", ["--batch", "0"], "error: --batch must be >= 1, got 0"),
+        ("gpu.py", ["--steps", "0"], "error: --steps must be >= 1, got 0"),
     ],
 )
 def test_options_that_cannot_work_are_one_sentence(script: str, options: list[str], message: str) -> None:
