@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ logger = logging.getLogger(__name__)
 
 # Libraries, kernels and compiled parts are loaded at the first call, the second is like any other.
 _CALLS_BEFORE = 2
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Always the same: libraries keep some memory for every stream that they have seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class CudaGraph:
@@ -30,8 +37,7 @@ class CudaGraph:
         Raises: RuntimeError if PyTorch cannot record it.
         """
         with torch.cuda.device(device):
-            side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            current = torch.cuda.current_stream(device)
+            side, current = _side_stream(device), torch.cuda.current_stream(device)
             self._graph = torch.cuda.CUDAGraph()
             side.wait_stream(current)
             # Ours, not only `torch.cuda.graph`'s: that leaves its stream the current one when recording fails.
