@@ -14,7 +14,7 @@ from PIL import Image
 
 from dalle1.checkpoint import load_clip, load_image_tokenizer, load_transformer
 from dalle1.models.dvae import DVAE
-from dalle1.pipeline import MemoryStore, Pipeline, choose_device
+from dalle1.pipeline import MemoryStore, Pipeline, choose_device, choose_dtype
 from dalle1.rerank.own_clip import CLIPReranker
 from dalle1.sampling.filters import SamplingConfig
 from dalle1.sampling.progress import Progress
@@ -248,6 +248,22 @@ def test_transformer_without_a_text_tokenizer_is_refused(checkpoints: dict[str, 
     transformer = replace(load_transformer(checkpoints["transformer"]), text_tokenizer=None)
     with pytest.raises(ValueError, match="the transformer checkpoint must hold a text tokenizer, it has none"):
         Pipeline(transformer, load_image_tokenizer(checkpoints["dvae"]))
+
+
+def test_decoding_in_bf16_is_asked_for_by_name(pipeline: Pipeline) -> None:
+    cpu = torch.device("cpu")
+    assert [choose_dtype(name, cpu) for name in ("auto", "fp32", "bf16")] == [*[torch.float32] * 2, torch.bfloat16]
+    with pytest.raises(ValueError, match="precision must be auto, fp32 or bf16, got 'fp8'"):
+        choose_dtype("fp8", cpu)
+    exact = pipeline(["a"], candidates=8)[0].image_tokens
+    rounded = pipeline(["a"], candidates=8, dtype=torch.bfloat16)[0].image_tokens
+    assert not torch.equal(exact, rounded)
+    assert (exact[:, 0] == rounded[:, 0]).float().mean() > 0.8, "the same but for rounding, until tokens differ"
+
+
+def test_compiled_decoding_is_for_cuda(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match="compiled decoding is for CUDA, got device cpu; leave out compile"):
+        pipeline(["a"], compiled=True)
 
 
 def test_device_auto_is_one_that_works() -> None:

@@ -25,6 +25,7 @@ ORIGIN = RunOrigin(
     sampling={"temperature": 0.7},
     negative_prompt=None,
     image_sha256=None,
+    dtype="float32",
     transformer_sha256="aa",
     dvae_sha256="bb",
 )

@@ -177,14 +177,16 @@ class Pipeline:
         sampling: SamplingConfig = DEFAULT_SAMPLING,
         negative_prompt: str | None = None,
         image_prompt: ImagePrompt | None = None,
+        dtype: torch.dtype | None = None,
+        compiled: bool = False,
         batch_size: int | Literal["auto"] = "auto",
         store: CandidateStore | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[PromptResult]:
         """Sample pictures of each prompt; its result comes as soon as it is done.
 
-        A prompt's pictures depend on it, on `seed`, `sampling`, `negative_prompt` and `image_prompt`, not on the other
-        prompts, `candidates` or `batch_size` (see `sampling.sampler` for the limits of that).
+        A prompt's pictures depend on it, on `seed`, `sampling`, `negative_prompt`, `image_prompt` and `dtype`, not on
+        the other prompts, `candidates` or `batch_size` (see `sampling.sampler` for the limits of that).
 
         Args:
             prompts: Captions; white space around them is ignored.
@@ -194,13 +196,16 @@ class Pipeline:
             sampling: Temperature, truncation and guidance of the distribution.
             negative_prompt: What guidance leads away from, instead of from pictures without a caption.
             image_prompt: What every picture begins with or contains, see `image_prompt`.
+            dtype: Of the transformer's decoding, such as `torch.bfloat16` on a GPU; that of its weights by default.
+            compiled: Compile decoding on CUDA.
             batch_size: Sequences decoded at once; `auto` looks at the memory that is free.
             store: Has tokens that were sampled before with the same arguments, and keeps those that are now.
             on_progress: Called after each decoding step.
 
         Raises:
             ValueError: At once, if there is no prompt, one is empty or too long, a number is too small, guidance is
-                asked of a transformer that was not trained for it, or there is a negative prompt without guidance.
+                asked of a transformer that was not trained for it, there is a negative prompt without guidance, or
+                decoding is to be compiled and not on CUDA.
             TypeError: If a prompt is no text or a number not whole.
         """
         prompts = self.check_prompts(prompts)
@@ -213,14 +218,17 @@ class Pipeline:
                 "guidance needs a transformer trained with optim.caption_dropout > 0, this one was not; "
                 f"set guidance_scale=1, got {sampling.guidance_scale}"
             )
+        if compiled and self.device.type != "cuda":
+            raise ValueError(f"compiled decoding is for CUDA, got device {self.device}; leave out compile")
         model = self.transformer.model
         if batch_size == "auto":
-            batch_size = auto_batch_size(model.config, device=self.device, dtype=model.start.dtype, guided=guided)
+            of_states = dtype or model.start.dtype
+            batch_size = auto_batch_size(model.config, device=self.device, dtype=of_states, guided=guided)
         require_int("batch_size", batch_size, at_least=1)
         negative = None
         if negative_prompt is not None:
             negative = self._text_tokenizer.encode(self.check_prompts([negative_prompt])).to(self.device)
-        sampler = Sampler(model, sampling, negative=negative)
+        sampler = Sampler(model, sampling, negative=negative, dtype=dtype, compiled=compiled)
         seeds = [candidate_seeds(seed, prompt, candidates) for prompt in prompts]
         store = store or MemoryStore()
         done = self._sample(sampler, prompts, seeds, image_prompt, batch_size, store, on_progress)
@@ -382,6 +390,20 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be auto or one that PyTorch can use here, got {name!r} ({reason})") from error
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type to decode in: that of `fp32` or `bf16`; `auto` is bf16 on GPUs that have it.
+
+    Raises: ValueError for another name.
+    """
+    if precision == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if precision not in dtypes:
+        raise ValueError(f"precision must be auto, fp32 or bf16, got {precision!r}")
+    return dtypes[precision]
 
 
 def _check_text(prompt: object) -> str:

@@ -56,6 +56,7 @@ class RunOrigin:
     sampling: dict[str, Any]
     negative_prompt: str | None
     image_sha256: str | None  # of the tokens of an image prompt that stay
+    dtype: str  # of decoding
     transformer_sha256: str
     dvae_sha256: str
 
@@ -69,6 +70,7 @@ class RunOrigin:
         sampling: SamplingConfig,
         negative_prompt: str | None,
         image_prompt: ImagePrompt | None,
+        dtype: torch.dtype = torch.float32,
     ) -> RunOrigin:
         """The origin of what `pipeline.stream` gives for these arguments."""
         given = None if image_prompt is None else image_prompt.given.numpy().astype("<i8").tobytes()
@@ -78,6 +80,7 @@ class RunOrigin:
             sampling=json.loads(json.dumps(asdict(sampling))),  # tuples become the lists that JSON has
             negative_prompt=negative_prompt,
             image_sha256=None if given is None else hashlib.sha256(given).hexdigest(),
+            dtype=str(dtype).removeprefix("torch."),
             transformer_sha256=pipeline.transformer.sha256,
             dvae_sha256=pipeline.image_tokenizer.sha256,
         )

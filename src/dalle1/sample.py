@@ -17,7 +17,7 @@ from dalle1.data.fields import require_int
 from dalle1.data.sampled_picture import read_sampled_picture
 from dalle1.data.transforms import decode_image
 from dalle1.models.transformer import DalleTransformer
-from dalle1.pipeline import Pipeline, choose_device, finish
+from dalle1.pipeline import Pipeline, choose_device, choose_dtype, finish
 from dalle1.preview import Preview
 from dalle1.rerank.choose import load_reranker
 from dalle1.rerank.reranker import Reranker
@@ -57,9 +57,15 @@ class _Sampling:
             sampling = replace(sampling, guidance_scale=self._pipeline.default_guidance_scale)
         self._settings = _settings(cfg) | asdict(sampling)
         image_prompt = None if picture is None else _image_prompt(cfg, self._pipeline, picture)
-        what = {"seed": cfg.seed, "sampling": sampling, "negative_prompt": cfg.negative_prompt}
+        what: dict[str, Any] = {
+            "seed": cfg.seed,
+            "sampling": sampling,
+            "negative_prompt": cfg.negative_prompt,
+            "image_prompt": image_prompt,
+            "dtype": choose_dtype(cfg.precision, self._pipeline.device),
+        }
         prompts = self._pipeline.check_prompts(prompts)
-        origin = RunOrigin.of(self._pipeline, prompts, image_prompt=image_prompt, **what)
+        origin = RunOrigin.of(self._pipeline, prompts, **what)
         self._run = SampleRun.open(
             cfg.out if cfg.out is not None else f"runs/{cfg.name}/samples/{origin.name}",
             origin,
@@ -76,7 +82,7 @@ class _Sampling:
             prompts,
             candidates=self._candidates,
             keep=cfg.keep,
-            image_prompt=image_prompt,
+            compiled=cfg.compile,
             batch_size=cfg.batch_size,
             store=self._run,
             on_progress=self._on_progress,

@@ -20,8 +20,8 @@ def test_row_counts_what_decoding_really_holds(make_transformer: Callable[..., D
     decoder = Decoder(model)
     text = torch.zeros(1, model.config.text_seq_len, dtype=torch.int64)
     decoding = Decoding(decoder, [([decoder.prefill(text), decoder.prefill(text)], 1)])
-    held = sum(states._keys.nbytes + states._values.nbytes for states in decoding._image)
-    texts = sum(keys.nbytes for group in decoding._groups for keys in (*group.keys, *group._values))
+    held = sum(layer.image._keys.nbytes + layer.image._values.nbytes for layer in decoding._layers)
+    texts = sum(text.keys.nbytes + text.values.nbytes for layer in decoding._layers for text in layer.texts)
     logits = 64 * model.config.image_vocab_size
     # For two rows: their image states, and texts that are there twice while they are put together.
     assert 2 * bytes_per_row(model.config, torch.float32) == held + 2 * texts + 2 * logits

@@ -159,10 +159,10 @@ def test_pictures_in_batches_are_those_without_cuda_graphs(
     make_transformer: Callable[..., DalleTransformer], guidance_scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_transformer(d_model=64).cuda()
-    options: Any = {"seeds": [list(range(7))] * 2, "config": SamplingConfig(guidance_scale=guidance_scale)}
-    tokens = generate(model, _texts(model), **options, batch_size=3)
+    config, options = SamplingConfig(guidance_scale=guidance_scale), {"seeds": [list(range(7))] * 2, "batch_size": 3}
+    tokens = Sampler(model, config).sample(_texts(model), **options)
     monkeypatch.setattr("dalle1.models.decoding.try_to_record", lambda *_: None)
-    assert torch.equal(generate(model, _texts(model), **options, batch_size=3), tokens)
+    assert torch.equal(Sampler(model, config).sample(_texts(model), **options), tokens)
 
 
 def test_candidates_that_share_a_beginning_go_on_in_cuda_graphs(

@@ -55,6 +55,8 @@ class Sampler:
         config: SamplingConfig = DEFAULT_SAMPLING,
         *,
         negative: Int[Tensor, "1 t"] | None = None,
+        dtype: torch.dtype | None = None,
+        compiled: bool = False,
     ) -> None:
         """Sample with the weights that `transformer` has now.
 
@@ -62,9 +64,11 @@ class Sampler:
             transformer: In evaluation mode.
             config: Temperature, truncation and guidance of the distribution.
             negative: The text that guidance leads away from, on the transformer's device; no caption if not given.
+            dtype: Of decoding, see `models.decoding.Decoder`; that of the weights if not given.
+            compiled: Compile decoding, for CUDA.
 
-        Raises: ValueError if the transformer is in training mode, there is a `negative` without guidance, or
-            temperatures do not fit the grid.
+        Raises: ValueError if the transformer is in training mode, there is a `negative` without guidance, temperatures
+            do not fit the grid, or for a `dtype` or `compiled` that `Decoder` refuses.
         """
         if negative is not None and config.guidance_scale == 1:
             raise ValueError(
@@ -73,7 +77,7 @@ class Sampler:
         self._grid = transformer.config.grid_height, transformer.config.grid_width
         self._config, self._temperatures = config, config.temperatures(*self._grid)
         self._vocab_size = transformer.config.image_vocab_size
-        self._decoder = Decoder(transformer)
+        self._decoder = Decoder(transformer, dtype=dtype, compiled=compiled)
         self._untold: TextStates | None = None
         if config.guidance_scale != 1:
             self._untold = self._decoder.prefill(transformer.empty_text() if negative is None else negative)
@@ -135,56 +139,73 @@ class Sampler:
     ) -> Iterator[Block]:
         length = self._grid[0] * self._grid[1]
         texts: dict[int, TextStates] = {}
+        beginnings: dict[range, Decoding] = {}
         for prompts, candidates in batches:
             texts = {prompt: texts.get(prompt) or self._prefill(text_tokens, prompt) for prompt in prompts}
-            groups = [(list(texts.values()), len(candidates))]
-            if self._untold is not None:
-                groups.append(([self._untold], len(prompts) * len(candidates)))
-            decoding = Decoding(self._decoder, groups)
+            fixed = torch.full((len(prompts), length), -1) if given is None else given[prompts.start : prompts.stop]
+            fixed = fixed.flatten(1)
+            n_shared = 0 if given is None else _shared_length(fixed)
+            if n_shared:
+                known = beginnings.get(prompts)
+                beginnings = {prompts: known or self._begin(list(texts.values()), fixed[:, :n_shared])}
+                decoding = beginnings[prompts].spread(len(candidates))
+            else:
+                decoding = self._decoding(list(texts.values()), len(candidates))
             if len(prompts) > 1:
-                # The decoding has copies, and no prompt of several goes on in the next batch.
-                texts, groups = {}, []
+                texts = {}  # the decoding has copies, and no prompt of several goes on in the next batch
             uniforms = _uniforms([seeds[prompt][candidate] for prompt in prompts for candidate in candidates], length)
-            fixed = None
-            if given is not None:
-                fixed = given[prompts.start : prompts.stop].flatten(1).repeat_interleave(len(candidates), 0)
             tokens = torch.full((len(uniforms), length), -1, device=text_tokens.device)
             block = Block(
                 prompts=prompts,
                 candidates=candidates,
                 image_tokens=tokens.view(len(prompts), len(candidates), *self._grid),
             )
-            for position, column in enumerate(self._decode(decoding, uniforms, fixed)):
+            fixed = fixed.repeat_interleave(len(candidates), 0).to(tokens.device)
+            tokens[:, :n_shared] = fixed[:, :n_shared]
+            for position, column in self._decode(decoding, uniforms, fixed, n_shared):
                 tokens[:, position] = column
                 if on_step:
                     on_step(block, position + 1)
             yield block
 
+    def _decoding(self, texts: list[TextStates], candidates: int) -> Decoding:
+        """With guidance every sequence is there a second time, without its caption, after all the others."""
+        groups = [(texts, candidates)]
+        if self._untold is not None:
+            groups.append(([self._untold], len(texts) * candidates))
+        return Decoding(self._decoder, groups)
+
+    def _begin(self, texts: list[TextStates], tokens: Int[Tensor, "p s"]) -> Decoding:
+        """What all candidates of each prompt have in common, decoded once."""
+        decoding = self._decoding(texts, 1)
+        for column in tokens.T.contiguous():
+            decoding.step(column if self._untold is None else column.repeat(2))
+        return decoding
+
     def _prefill(self, text_tokens: Int[Tensor, "p t"], prompt: int) -> TextStates:
         return self._decoder.prefill(text_tokens[prompt : prompt + 1])
 
     def _decode(
-        self, decoding: Decoding, uniforms: Float[Tensor, "b n"], given: Int[Tensor, "b n"] | None
-    ) -> Iterator[Int[Tensor, " b"]]:
-        """Tokens of one position after the other, from each sequence's random numbers.
+        self, decoding: Decoding, uniforms: Float[Tensor, "b n"], given: Int[Tensor, "b n"], first: int
+    ) -> Iterator[tuple[int, Int[Tensor, " b"]]]:
+        """Positions from `first` on, and the tokens of each, from each sequence's random numbers.
 
-        With guidance `decoding` has every sequence a second time, without its caption, in rows that follow all the
-        others, and logits are guided away from those.
+        With guidance logits are guided away from those of the second half of the rows.
         """
         guided = self._untold is not None
         # Apple's GPUs have no float64: there the codes are drawn on the CPU.
         device = decoding.logits.device
         drawing = torch.device("cpu") if device.type == "mps" else device
         columns = uniforms.T.contiguous().to(drawing)
-        for position, temperature in enumerate(self._temperatures):
+        for position in range(first, len(self._temperatures)):
             logits = decoding.logits.to(drawing).double()
             if guided:
                 with_caption, without = logits.chunk(2)
                 logits = guide(with_caption, without, self._config.guidance_scale)
-            tokens = draw_codes(filter_logits(logits, self._config, temperature), columns[position]).to(device)
-            if given is not None:
-                tokens = torch.where(given[:, position] >= 0, given[:, position], tokens)
-            yield tokens
+            logits = filter_logits(logits, self._config, self._temperatures[position])
+            tokens = draw_codes(logits, columns[position]).to(device)
+            tokens = torch.where(given[:, position] >= 0, given[:, position], tokens)
+            yield position, tokens
             if position + 1 < len(self._temperatures):
                 decoding.step(tokens.repeat(2) if guided else tokens)
 
@@ -218,6 +239,13 @@ def _batches(n_prompts: int, n_candidates: int, batch_size: int) -> Iterator[tup
 
 def _chunks(total: int, size: int) -> Iterator[range]:
     return (range(first, min(first + size, total)) for first in range(0, total, size))
+
+
+def _shared_length(given: Int[Tensor, "p n"]) -> int:
+    """Positions at the beginning that are given for every prompt; the last two never count, for `Decoding.spread`."""
+    free = (given < 0).any(0).nonzero()
+    length = given.shape[1]
+    return max(0, min(int(free[0]) if len(free) else length, length - 2))
 
 
 def _uniforms(seeds: Sequence[int], length: int) -> Float[Tensor, "b n"]:
