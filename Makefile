@@ -10,7 +10,7 @@ PEER := --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6 axial
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-browser bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-gpu lint types clean
+.PHONY: help setup demo test test-browser bench-dvae bench-transformer bench-transformer-loss bench-sampling sampling-curves bench-gpu lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-22s %s\n", $$1, $$2}'
@@ -53,7 +53,10 @@ bench-sampling: $(STAMP)  ## speed of sampling against DALLE-pytorch's, 10 minut
 	$(BIN)/pip install $(PEER)
 	$(BIN)/python benchmarks/sampling.py $(BENCH)
 
-bench-gpu: $(STAMP)  ## the transformer on one CUDA device
+sampling-curves: $(STAMP)  ## what candidates and guidance do to the demo's accuracy, 40 minutes
+	$(BIN)/python -m dalle1.evaluation.sampling_curves
+
+bench-gpu: $(STAMP)  ## sampling and training steps of the transformer on one CUDA device
 	$(BIN)/python benchmarks/gpu.py $(BENCH)
 
 lint: $(STAMP)  ## style

@@ -14,8 +14,9 @@ from PIL import Image
 
 from dalle1.checkpoint import load_clip, load_image_tokenizer, load_transformer
 from dalle1.models.dvae import DVAE
-from dalle1.pipeline import MemoryStore, Pipeline, choose_device, choose_dtype
+from dalle1.pipeline import Pipeline, choose_device, choose_dtype
 from dalle1.rerank.own_clip import CLIPReranker
+from dalle1.sampling.candidate_store import MemoryStore
 from dalle1.sampling.filters import SamplingConfig
 from dalle1.sampling.progress import Progress
 from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
@@ -138,6 +139,18 @@ def test_what_is_in_the_store_is_not_sampled_again(pipeline: Pipeline, batch_siz
     assert {progress.block.prompts.start for progress in seen} == {0}, "of its group"
     fewer = pipeline(prompts, candidates=3, store=store)
     assert torch.equal(fewer[2].image_tokens, expected[2].image_tokens[:3])
+
+
+def test_decoding_of_pictures_is_counted_over_all_prompts(
+    ranking_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen = ranking_pipeline(["a", "b"], candidates=5), list[int]()
+    monkeypatch.setattr("dalle1.pipeline._RANKED_AT_ONCE", 2)
+    parts = ranking_pipeline(["a", "b"], candidates=5, on_finished=seen.append)
+    assert seen == [*range(1, 11)]
+    for one, other in zip(whole, parts, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=1e-6)
+        assert torch.equal(one.images, other.images)
 
 
 def test_results_come_as_they_get_done(pipeline: Pipeline) -> None:

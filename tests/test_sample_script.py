@@ -147,12 +147,14 @@ class _Interrupt:
     def __call__(self) -> _Interrupt:
         return self
 
-    def __enter__(self) -> Callable[[object], None]:
-        return self.show
+    def __enter__(self) -> _Interrupt:
+        return self
 
     def __exit__(self, *error: object) -> None: ...
 
-    def show(self, progress: object) -> None:
+    def finished(self, pictures: int) -> None: ...
+
+    def sampled(self, progress: object) -> None:
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt
@@ -164,7 +166,7 @@ def test_interrupted_run_keeps_what_is_done_and_goes_on(
     (work / "prompts.txt").write_text("a red circle\na blue square\ntwo green stars\n")
     command = ["prompts_file=prompts.txt", "candidates=5", "batch_size=2", "out=run", "preview_every=1"]
     with monkeypatch.context() as patched:
-        patched.setattr("dalle1.sample.progress_bar", _Interrupt(12 * 5 + 6))  # 3 of the second prompt's 5 are begun
+        patched.setattr("dalle1.sample.ProgressBar", _Interrupt(12 * 5 + 6))  # 3 of the second prompt's 5 are begun
         with pytest.raises(SystemExit) as raised:
             sample(*command)
     assert raised.value.code == 130
@@ -182,7 +184,7 @@ def test_interrupted_run_keeps_what_is_done_and_goes_on(
 
     steps = _Interrupt(0)
     with monkeypatch.context() as patched:
-        patched.setattr("dalle1.sample.progress_bar", steps)
+        patched.setattr("dalle1.sample.ProgressBar", steps)
         sample(*command)
     assert steps.left == -12 * 4, "four batches were missing"
     sample(*command[:3], "out=whole")
@@ -194,7 +196,7 @@ def test_interrupted_run_keeps_what_is_done_and_goes_on(
 def test_interrupted_before_anything_is_done_leaves_nothing(
     work: Path, sample: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dalle1.sample.progress_bar", _Interrupt(3))
+    monkeypatch.setattr("dalle1.sample.ProgressBar", _Interrupt(3))
     with pytest.raises(SystemExit):
         sample("prompt=a", "candidates=2", "out=run")
     assert not (work / "run").exists()
@@ -226,11 +228,11 @@ def test_preview_shows_rows_that_are_done(
     seen = []
 
     class Look(_Interrupt):
-        def show(self, progress: Any) -> None:
+        def sampled(self, progress: Any) -> None:
             path = work / "run" / "preview.png"
             seen.append((progress.positions_done, path.exists()))
 
-    monkeypatch.setattr("dalle1.sample.progress_bar", Look(0))
+    monkeypatch.setattr("dalle1.sample.ProgressBar", Look(0))
     sample("prompt=a", "candidates=2", "out=run", "preview_every=2")
     assert [position for position, there in seen if there] == [9, 10, 11, 12], "after two rows of four"
     assert not (work / "run" / "preview.png").exists()

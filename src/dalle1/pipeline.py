@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ from dalle1.data.transforms import fit_picture, to_unit_interval
 from dalle1.models.transformer import DalleTransformer
 from dalle1.rerank.reranker import Reranker, best_first
 from dalle1.sampling.batch_size import auto_batch_size
+from dalle1.sampling.candidate_store import CandidateStore, MemoryStore
 from dalle1.sampling.filters import DEFAULT_SAMPLING, SamplingConfig
 from dalle1.sampling.image_prompt import ImagePrompt, keep_top_rows, kept_outside
 from dalle1.sampling.progress import Progress
@@ -32,6 +33,9 @@ from dalle1.tokenizers.image import ImageTokenizer
 
 # On the generated scenes far better than 1, and as good as 2, which loses objects of groups (docs/shapes.md).
 GUIDANCE_SCALE = 1.5
+
+
+_RANKED_AT_ONCE = 64  # pictures that are decoded and then scored, so that both are seen to go on
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,32 +49,6 @@ class PromptResult:
     seeds: list[int]
     scores: list[float] | None  # of the reranker, higher is better; None without one
     sampled: int  # candidates that these were chosen from
-
-
-class CandidateStore(Protocol):
-    """Where sampled tokens are kept, so that nothing is sampled twice."""
-
-    def load(self, prompt: int) -> Int[Tensor, "n gh gw"] | None:
-        """The first candidates of a prompt, as many as there are."""
-
-    def save(self, prompt: int, image_tokens: Int[Tensor, "n gh gw"]) -> None:
-        """Keep the first candidates of a prompt, those that were kept before among them."""
-
-
-class MemoryStore:
-    """Keeps tokens as long as it lives."""
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self._tokens: dict[int, Int[Tensor, "n gh gw"]] = {}
-
-    def load(self, prompt: int) -> Int[Tensor, "n gh gw"] | None:
-        """See `CandidateStore`."""
-        return self._tokens.get(prompt)
-
-    def save(self, prompt: int, image_tokens: Int[Tensor, "n gh gw"]) -> None:
-        """See `CandidateStore`."""
-        self._tokens[prompt] = image_tokens
 
 
 class Pipeline:
@@ -182,6 +160,7 @@ class Pipeline:
         batch_size: int | Literal["auto"] = "auto",
         store: CandidateStore | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        on_finished: Callable[[int], None] | None = None,
     ) -> Iterator[PromptResult]:
         """Sample pictures of each prompt; its result comes as soon as it is done.
 
@@ -201,6 +180,7 @@ class Pipeline:
             batch_size: Sequences decoded at once; `auto` looks at the memory that is free.
             store: Has tokens that were sampled before with the same arguments, and keeps those that are now.
             on_progress: Called after each decoding step.
+            on_finished: Called with the number of pictures that were decoded so far, after each.
 
         Raises:
             ValueError: At once, if there is no prompt, one is empty or too long, a number is too small, guidance is
@@ -209,30 +189,55 @@ class Pipeline:
             TypeError: If a prompt is no text or a number not whole.
         """
         prompts = self.check_prompts(prompts)
-        require_int("candidates", candidates, at_least=1)
-        require_int("keep", candidates if keep is None else keep, at_least=1)
-        require_int("seed", seed, at_least=0)
-        guided = sampling.guidance_scale != 1
-        if guided and not self.transformer.caption_dropout:
+        for name, number, least in (
+            ("candidates", candidates, 1),
+            ("keep", candidates if keep is None else keep, 1),
+            ("seed", seed, 0),
+        ):
+            require_int(name, number, at_least=least)
+        sampler = self._sampler(sampling, negative_prompt, dtype, compiled)
+        if batch_size == "auto":
+            model, guided = self.transformer.model, sampling.guidance_scale != 1
+            of_states = dtype or model.start.dtype
+            batch_size = auto_batch_size(model.config, device=self.device, dtype=of_states, guided=guided)
+        require_int("batch_size", batch_size, at_least=1)
+        seeds = [candidate_seeds(seed, prompt, candidates) for prompt in prompts]
+        store = store or MemoryStore()
+        done = self._sample(sampler, prompts, seeds, image_prompt, batch_size, store, on_progress)
+        before = 0
+
+        def result(i: int) -> PromptResult:
+            nonlocal before
+            tokens = store.load(i)
+            assert tokens is not None, "they were sampled"
+            counted = None if on_finished is None else lambda pictures: on_finished(before + pictures)
+            finished = self.finish(
+                prompts[i],
+                tokens[:candidates],
+                seed=seed,
+                keep=keep,
+                image_prompt=image_prompt,
+                on_finished=counted,
+            )
+            before += candidates
+            return finished
+
+        return map(result, done)
+
+    def _sampler(
+        self, sampling: SamplingConfig, negative_prompt: str | None, dtype: torch.dtype | None, compiled: bool
+    ) -> Sampler:
+        if sampling.guidance_scale != 1 and not self.transformer.caption_dropout:
             raise ValueError(
                 "guidance needs a transformer trained with optim.caption_dropout > 0, this one was not; "
                 f"set guidance_scale=1, got {sampling.guidance_scale}"
             )
         if compiled and self.device.type != "cuda":
             raise ValueError(f"compiled decoding is for CUDA, got device {self.device}; leave out compile")
-        model = self.transformer.model
-        if batch_size == "auto":
-            of_states = dtype or model.start.dtype
-            batch_size = auto_batch_size(model.config, device=self.device, dtype=of_states, guided=guided)
-        require_int("batch_size", batch_size, at_least=1)
         negative = None
         if negative_prompt is not None:
             negative = self._text_tokenizer.encode(self.check_prompts([negative_prompt])).to(self.device)
-        sampler = Sampler(model, sampling, negative=negative, dtype=dtype, compiled=compiled)
-        seeds = [candidate_seeds(seed, prompt, candidates) for prompt in prompts]
-        store = store or MemoryStore()
-        done = self._sample(sampler, prompts, seeds, image_prompt, batch_size, store, on_progress)
-        return (self._finish(prompts[i], store.load(i), seeds[i], keep, image_prompt) for i in done)
+        return Sampler(self.transformer.model, sampling, negative=negative, dtype=dtype, compiled=compiled)
 
     @property
     def device(self) -> torch.device:
@@ -313,64 +318,73 @@ class Pipeline:
                 if n_known + block.candidates.stop == n_candidates:
                     yield from (numbers[i] for i in block.prompts)
 
-    def _finish(
+    def finish(
         self,
         prompt: str,
-        image_tokens: Int[Tensor, "n gh gw"] | None,
-        seeds: list[int],
-        keep: int | None,
-        image_prompt: ImagePrompt | None,
+        image_tokens: Int[Tensor, "n gh gw"],
+        *,
+        seed: int,
+        keep: int | None = None,
+        image_prompt: ImagePrompt | None = None,
+        on_finished: Callable[[int], None] | None = None,
     ) -> PromptResult:
-        assert image_tokens is not None, "they were sampled"
+        """See the function `finish`."""
         return finish(
             prompt,
-            image_tokens[: len(seeds)],
-            seeds,
+            image_tokens,
+            seed=seed,
             image_tokenizer=self.image_tokenizer,
             reranker=self.reranker,
             keep=keep,
             image_prompt=image_prompt,
             device=self.device,
+            on_finished=on_finished,
         )
 
 
 def finish(
     prompt: str,
     image_tokens: Int[Tensor, "n gh gw"],
-    seeds: Sequence[int],
     *,
+    seed: int,
     image_tokenizer: ImageTokenizer,
     reranker: Reranker | None = None,
     keep: int | None = None,
     image_prompt: ImagePrompt | None = None,
     device: torch.device,
+    on_finished: Callable[[int], None] | None = None,
 ) -> PromptResult:
     """Pictures of one prompt's candidates: decoded, scored and ordered, the first `keep` of them.
 
     Args:
         prompt: What they were sampled for.
         image_tokens: Of candidates 0 to n - 1.
-        seeds: Theirs.
+        seed: That of the run, from which each has its own.
         image_tokenizer: Decodes them.
         reranker: Scores them; without one they keep their order.
         keep: At least 1; all by default.
         image_prompt: What they were sampled from, whose pixels may be put over them.
         device: Where the models are.
+        on_finished: Called with the number of pictures that were decoded so far, after each.
     """
-    # One picture at a time: large pictures need little memory so, and none depends on the others.
-    decoded = [image_tokenizer.decode(tokens[None].long().to(device)) for tokens in image_tokens]
-    images = torch.cat(decoded).cpu()
-    if image_prompt is not None:
-        images = image_prompt.paste(images)
-    scores, order = None, list(range(len(image_tokens)))
-    if reranker:
-        scores = reranker.score(prompt, images, image_tokens.long())
-        order = best_first(scores)
-    order = order[:keep]
+    images, parts = [], []
+    for first in range(0, len(image_tokens), _RANKED_AT_ONCE):
+        tokens = image_tokens[first : first + _RANKED_AT_ONCE]
+        for each in tokens:
+            # One picture at a time: large pictures need little memory so, and none depends on the others.
+            decoded = image_tokenizer.decode(each[None].to(device)).cpu()
+            images.append(decoded if image_prompt is None else image_prompt.paste(decoded))
+            if on_finished:
+                on_finished(len(images))
+        if reranker:
+            parts.append(reranker.score(prompt, torch.cat(images[first:]), tokens))
+    scores = torch.cat(parts) if parts else None
+    order = (list(range(len(images))) if scores is None else best_first(scores))[:keep]
+    seeds = candidate_seeds(seed, prompt, len(images))
     return PromptResult(
         prompt=prompt,
-        images=images[order],
-        image_tokens=image_tokens[order].long(),
+        images=torch.cat([images[i] for i in order]),
+        image_tokens=image_tokens[order],
         candidates=order,
         seeds=[seeds[i] for i in order],
         scores=None if scores is None else scores[order].tolist(),

@@ -114,7 +114,7 @@ class WrittenRun:
 
 
 class SampleRun:
-    """A run's directory, as the store of its tokens (`pipeline.CandidateStore`) and the writer of its pictures."""
+    """A run's directory, as the store of its tokens (`sampling.candidate_store`) and the writer of its pictures."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any], image_prompt: ImagePrompt | None = None) -> None:
         """Use `open` or `reopen`."""

@@ -24,9 +24,8 @@ from dalle1.rerank.reranker import Reranker
 from dalle1.results import RunOrigin, SampleRun, WrittenRun
 from dalle1.sampling.filters import SamplingConfig
 from dalle1.sampling.image_prompt import ImagePrompt
-from dalle1.sampling.progress import Progress, progress_bar
+from dalle1.sampling.progress import Progress, ProgressBar
 from dalle1.sampling.prompts import read_prompts
-from dalle1.sampling.sampler import candidate_seeds
 
 
 def run(cfg: DictConfig) -> WrittenRun:
@@ -77,7 +76,7 @@ class _Sampling:
         if cfg.preview_every is not None:
             path = self._run.directory / "preview.png"
             self._preview = Preview(path, self._pipeline.image_tokenizer, cfg.preview_every)
-        self._show: Callable[[Progress], None] | None = None
+        self._bar: ProgressBar | None = None
         self._results = self._pipeline.stream(
             prompts,
             candidates=self._candidates,
@@ -86,19 +85,24 @@ class _Sampling:
             batch_size=cfg.batch_size,
             store=self._run,
             on_progress=self._on_progress,
+            on_finished=self._on_finished,
             **what,
         )
 
     def _on_progress(self, progress: Progress) -> None:
-        if self._show:
-            self._show(progress)
+        if self._bar:
+            self._bar.sampled(progress)
         if self._preview:
             self._preview(progress)
+
+    def _on_finished(self, pictures: int) -> None:
+        if self._bar:
+            self._bar.finished(pictures)
 
     def run(self) -> WrittenRun:
         """Sample what is not there yet, and write all that is asked for."""
         try:
-            with progress_bar() as self._show:
+            with ProgressBar() as self._bar:
                 for number, result in enumerate(self._results):
                     self._run.write(number, result)
             return self._finish()
@@ -120,17 +124,12 @@ class _Sampling:
         for number, prompt in enumerate(self._run.origin.prompts):
             tokens = self._run.load(number)
             if tokens is not None and not self._run.has_written(number):
-                tokens = tokens[: self._candidates]
-                pipeline = self._pipeline
-                result = finish(
+                result = self._pipeline.finish(
                     prompt,
-                    tokens,
-                    candidate_seeds(self._cfg.seed, prompt, len(tokens)),
-                    image_tokenizer=pipeline.image_tokenizer,
-                    reranker=pipeline.reranker,
+                    tokens[: self._candidates],
+                    seed=self._cfg.seed,
                     keep=self._cfg.keep,
                     image_prompt=self._image_prompt,
-                    device=pipeline.device,
                 )
                 self._run.write(number, result)
 
@@ -163,7 +162,7 @@ def _rank_again(cfg: DictConfig) -> WrittenRun:
             result = finish(
                 prompt,
                 tokens,
-                candidate_seeds(origin.seed, prompt, len(tokens)),
+                seed=origin.seed,
                 image_tokenizer=image_tokenizer,
                 reranker=reranker,
                 keep=cfg.keep,

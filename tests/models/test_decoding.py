@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dalle1.models.attention_masks import StreamLayout
 from dalle1.models.decoding import Decoder, Decoding
 from dalle1.models.kv_cache import ImageStates, Places, count_slots
-from dalle1.models.options import AttentionPattern, ConvOffsets
+from dalle1.models.options import AttentionBackend, AttentionPattern, ConvOffsets
 from dalle1.models.packed_linear import PackedLinear, RowwiseActivation, can_pack
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
 
@@ -52,10 +52,12 @@ def _logits(decoding: Decoding, image: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["dense", "local"])
 def test_logits_with_caches_equal_logits_without_at_every_position(
-    make_transformer: MakeTransformer, options: dict[str, Any], dtype: torch.dtype
+    make_transformer: MakeTransformer, options: dict[str, Any], dtype: torch.dtype, backend: AttentionBackend
 ) -> None:
     model = make_transformer(**options).to(dtype)
+    model.attention_backend = backend  # of the logits without; `flex` is compared with `dense` elsewhere
     # Two prompts of three candidates each, and five pictures of no prompt, as guidance has them.
     text, image = _tokens(model, 2, 11)
     with torch.inference_mode():

@@ -7,7 +7,7 @@ import io
 import pytest
 import torch
 
-from dalle1.sampling.progress import Progress, progress_bar
+from dalle1.sampling.progress import Progress, ProgressBar
 from dalle1.sampling.sampler import Block
 
 
@@ -33,12 +33,13 @@ def _progress(tokens_done: int, candidates_done: int, *, known: int = 0) -> Prog
 def test_bar_shows_tokens_and_pictures_on_terminals_only(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
     stream = _Terminal() if is_terminal else io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
-    with progress_bar() as show:
-        show(_progress(8, 0))
-        show(_progress(24, 3))
+    with ProgressBar() as bar:
+        bar.sampled(_progress(8, 0))
+        bar.sampled(_progress(24, 3))
+        bar.finished(2)
     if is_terminal:
         assert "24/24" in stream.getvalue()
-        assert "3/3 pictures" in stream.getvalue()
+        assert "3/3 pictures, 2 decoded" in stream.getvalue()
         assert " tokens/s" in stream.getvalue()
     else:
         assert stream.getvalue() == ""
@@ -53,10 +54,7 @@ def test_speed_counts_only_what_was_sampled_now(monkeypatch: pytest.MonkeyPatch)
         def __init__(self, **options: object) -> None:
             bars.append(self)
 
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *error: object) -> None: ...
+        def close(self) -> None: ...
 
         def set_postfix_str(self, text: str, *, refresh: bool) -> None: ...
 
@@ -64,7 +62,7 @@ def test_speed_counts_only_what_was_sampled_now(monkeypatch: pytest.MonkeyPatch)
             self.n += count
 
     monkeypatch.setattr("dalle1.sampling.progress.tqdm", Bar)
-    with progress_bar() as show:
-        show(_progress(20, 2, known=16))
-        show(_progress(24, 3, known=16))
+    with ProgressBar() as bar:
+        bar.sampled(_progress(20, 2, known=16))
+        bar.sampled(_progress(24, 3, known=16))
     assert (bars[0].initial, bars[0].n) == (16, 24)

@@ -28,7 +28,7 @@ from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.pipeline import Pipeline, PromptResult, choose_device
 from dalle1.rerank.own_clip import CLIPReranker
 from dalle1.sampling.filters import SamplingConfig
-from dalle1.sampling.progress import progress_bar
+from dalle1.sampling.progress import ProgressBar
 
 STAGES = ("tokenizer", "dvae", "clip", "transformer")
 # What the table says of the dVAE: key in its summary, words, how the number is written.
@@ -75,9 +75,15 @@ def make_report(
     if guidance_scale is None:
         guidance_scale = pipeline.default_guidance_scale
     sampling = SamplingConfig(temperature=temperature, guidance_scale=guidance_scale)
-    with progress_bar() as on_progress:
+    with ProgressBar() as bar:
         results = pipeline(
-            prompts, candidates=candidates, seed=seed, sampling=sampling, batch_size=256, on_progress=on_progress
+            prompts,
+            candidates=candidates,
+            seed=seed,
+            sampling=sampling,
+            batch_size=256,
+            on_progress=bar.sampled,
+            on_finished=bar.finished,
         )
     scores = [_score_candidates(result) for result in results]
     grids = _draw(results, scores, results_dir / "report")

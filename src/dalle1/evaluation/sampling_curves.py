@@ -33,7 +33,7 @@ from dalle1.rerank.likelihood import LikelihoodReranker
 from dalle1.rerank.own_clip import CLIPReranker
 from dalle1.rerank.reranker import Reranker
 from dalle1.sampling.filters import SamplingConfig
-from dalle1.sampling.progress import progress_bar
+from dalle1.sampling.progress import ProgressBar
 
 GUIDANCE_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0)
 # What sample.py does by default, and the model's own distribution, which the paper samples from.
@@ -143,8 +143,15 @@ def _best_of_curves(
 def _sample(
     pipeline: Pipeline, prompts: Sequence[str], config: SamplingConfig, candidates: int, seed: int
 ) -> Sequence[PromptResult]:
-    with progress_bar() as on_progress:
-        return pipeline(prompts, candidates=candidates, seed=seed, sampling=config, on_progress=on_progress)
+    with ProgressBar() as bar:
+        return pipeline(
+            prompts,
+            candidates=candidates,
+            seed=seed,
+            sampling=config,
+            on_progress=bar.sampled,
+            on_finished=bar.finished,
+        )
 
 
 def _right(result: PromptResult) -> list[bool]:

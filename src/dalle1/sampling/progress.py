@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -24,16 +22,31 @@ class Progress:
     positions_done: int  # of the block
 
 
-@contextmanager
-def progress_bar() -> Iterator[Callable[[Progress], None]]:
+class ProgressBar:
     """A bar on stderr with tokens per second, time left and pictures done; hidden if stderr is no terminal."""
-    with tqdm(desc="sampling", unit=" tokens", disable=None) as bar:
 
-        def show(progress: Progress) -> None:
-            bar.total = progress.tokens
-            if bar.n == 0:
-                bar.initial = bar.n = progress.tokens_known  # they took no time
-            bar.set_postfix_str(f"{progress.candidates_done}/{progress.candidates} pictures", refresh=False)
-            bar.update(progress.tokens_done - bar.n)
+    def __init__(self) -> None:
+        """Show nothing yet."""
+        self._bar = tqdm(desc="sampling", unit=" tokens", disable=None)
+        self._sampled = ""
 
-        yield show
+    def __enter__(self) -> ProgressBar:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+    def sampled(self, progress: Progress) -> None:
+        """Show how far sampling is."""
+        self._bar.total = progress.tokens
+        if self._bar.n == 0:
+            self._bar.initial = self._bar.n = progress.tokens_known  # they took no time
+        self._sampled = f"{progress.candidates_done}/{progress.candidates} pictures"
+        self._bar.set_postfix_str(self._sampled, refresh=False)
+        self._bar.update(progress.tokens_done - self._bar.n)
+
+    def finished(self, pictures: int) -> None:
+        """Show how many pictures were decoded, and ranked if they are."""
+        self._bar.set_postfix_str(f"{self._sampled}, {pictures} decoded".removeprefix(", "))
