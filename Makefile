@@ -53,7 +53,7 @@ bench-sampling: $(STAMP)  ## speed of sampling against DALLE-pytorch's, 10 minut
 	$(BIN)/pip install $(PEER)
 	$(BIN)/python benchmarks/sampling.py $(BENCH)
 
-sampling-curves: $(STAMP)  ## what candidates and guidance do to the demo's accuracy, 40 minutes
+sampling-curves: $(STAMP)  ## what candidates and guidance do to the demo's accuracy, half an hour
 	$(BIN)/python -m dalle1.evaluation.sampling_curves
 
 bench-gpu: $(STAMP)  ## sampling and training steps of the transformer on one CUDA device

@@ -24,7 +24,7 @@ def make_manifest(prompts: Mapping[str, Sequence[float | None]], **changes: Any)
     entries = []
     for number, (prompt, scores) in enumerate(prompts.items(), start=1):
         pictures = [
-            {"file": f"{number:04d}-picture-{i:04d}.png", "candidate": i, "seed": 1000 * number + i, "score": score}
+            {"file": f"{number:04d}-picture-{i:04d}.png", "candidate": i, "score": score}
             for i, score in enumerate(scores)
         ]
         entries.append({"prompt": prompt, "sampled": 8, "pictures": pictures})

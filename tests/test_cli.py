@@ -274,9 +274,14 @@ def test_command_line_needs_no_torch() -> None:
 
 
 def test_named_options_get_dashes_and_all_else_stays() -> None:
-    arguments = ["a.jpg", "out=x", "--out=y", "ckpt=a=b", "side=", "other=1", "out"]
-    expected = ["a.jpg", "--out=x", "--out=y", "--ckpt=a=b", "--side=", "other=1", "out"]
+    arguments = ["a.jpg", "out=x", "--out=y", "ckpt=a=b", "side=", "a b=1.jpg", "out"]
+    expected = ["a.jpg", "--out=x", "--out=y", "--ckpt=a=b", "--side=", "a b=1.jpg", "out"]
     assert dashed_options(arguments, ("out", "ckpt", "side")) == expected
+
+
+def test_option_that_does_not_exist_is_no_file() -> None:
+    with pytest.raises(OptionError, match="there is no option 'limit'; there are out, side"):
+        dashed_options(["a.jpg", "limit=20"], ("out", "side"))
 
 
 def test_file_that_looks_like_an_option_stays_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

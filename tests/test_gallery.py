@@ -48,6 +48,9 @@ class Page(HTMLParser):
         (number,) = [i for i, (name, own) in enumerate(self.tags) if name == tag and attributes.items() <= own.items()]
         return " ".join("".join(text for i, text in self.texts if i == number).split())
 
+    def texts_of(self, tag: str) -> list[str]:
+        return [text.strip() for i, text in self.texts if self.tags[i][0] == tag and text.strip()]
+
     def pictures(self) -> list[Image.Image]:
         uris = [attributes["src"] for attributes in self.all("img") if "src" in attributes]
         assert all(uri and uri.startswith("data:image/webp;base64,") for uri in uris)
@@ -246,3 +249,32 @@ def test_command_spells_groups_and_their_options() -> None:
 def test_prompts_that_a_command_would_change_have_none(prompt: str) -> None:
     assert sampling_command(prompt, {"seed": 0}) is None
     assert sampling_command("a", {"negative_prompt": prompt}) is None
+
+
+def test_page_of_very_many_pictures_has_the_best_of_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dalle1.gallery._MOST_PICTURES", 5)
+    page = _page(make_manifest({"a": [0.5, 0.4, 0.3], "b": [0.9, 0.8, 0.7, 0.6]}))
+    assert [picture["score"] for picture in page.data()["pictures"]] == [0.9, 0.8, 0.5, 0.4]
+    assert len(page.pictures()) == 4
+    assert page.text("p", id="left-out").startswith("3 more pictures are in the run's directory only")
+    monkeypatch.setattr("dalle1.gallery._MOST_PICTURES", 7)
+    assert not any(tag.get("id") == "left-out" for tag in _page(make_manifest({"a": [0.5] * 7})).all("p"))
+
+
+def test_page_of_an_image_prompt_shows_the_picture_and_what_of_it_was_sampled_again() -> None:
+    opened: list[str] = []
+
+    def open_and_tell(name: str) -> Image.Image:
+        opened.append(name)
+        return open_picture(name)
+
+    page = _page(make_manifest({"a": [0.5]}) | {"has_image_prompt": True}, open_and_tell)
+    assert sorted(opened) == ["0001-picture-0000.png", "image.png", "mask.png"]
+    assert len(page.pictures()) == 3
+    assert not _page(make_manifest({"a": [0.5]})).texts_of("figcaption")
+    assert page.texts_of("figcaption") == ["sampled from this picture", "white was sampled again"]
+
+
+@pytest.mark.parametrize("name", ["--config-dir", "-m", "a b", "$(x)", "+new", "~old"])
+def test_command_has_no_options_that_sample_py_could_not_have(name: str) -> None:
+    assert sampling_command("a", {name: "/tmp/evil", "seed": 1}) == "python sample.py prompt=a seed=1"

@@ -71,14 +71,14 @@ def test_page_is_at_most_8_pictures_wide() -> None:
 
 
 def test_blocks_stand_below_one_another_and_break_into_pages() -> None:
-    assert len(draw_grids([_block()] * 3)) == 1
-    pages = draw_grids([_block(side=1000)] * 10)
+    assert len(list(draw_grids([_block()] * 3))) == 1
+    pages = list(draw_grids([_block(side=1000)] * 10))
     assert len(pages) == 2
     assert sum(_area(page, (255, 0, 0)) for page in pages) == 10 * 1000 * 1000
 
 
 def test_block_higher_than_a_page_gets_its_own() -> None:
-    assert len(draw_grids([_block(), _block(n_pictures=500), _block()])) == 3
+    assert len(list(draw_grids([_block(), _block(n_pictures=500), _block()]))) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dalle1.checkpoint import load_clip, load_image_tokenizer, load_transformer
 from dalle1.models.dvae import DVAE
@@ -44,7 +46,7 @@ def test_result_holds_the_pictures_of_each_prompt(pipeline: Pipeline) -> None:
         assert result.images.dtype == torch.float32
         assert 0 <= result.images.min() <= result.images.max() <= 1
         assert result.image_tokens.shape == (3, 3, 4)
-        assert len(set(result.seeds)) == 3
+        assert (result.candidates, result.sampled) == ([0, 1, 2], 3)
         assert result.scores is None
         torch.testing.assert_close(result.images, pipeline.image_tokenizer.decode(result.image_tokens))
 
@@ -52,7 +54,6 @@ def test_result_holds_the_pictures_of_each_prompt(pipeline: Pipeline) -> None:
 def test_pictures_do_not_depend_on_other_prompts_candidates_or_batches(pipeline: Pipeline) -> None:
     alone = pipeline(["a red circle"], candidates=2)[0]
     among = pipeline(["x", "a red circle", "y"], candidates=5, batch_size=4)[1]
-    assert among.seeds[:2] == alone.seeds
     assert torch.equal(among.image_tokens[:2], alone.image_tokens)
     assert torch.equal(among.images[:2], alone.images)
 
@@ -96,7 +97,7 @@ def test_negative_prompt_takes_the_place_of_no_caption(pipeline: Pipeline) -> No
     assert torch.equal(itself, pipeline(prompt, candidates=9)[0].image_tokens)
     with pytest.raises(ValueError, match="a negative prompt needs a guidance_scale other than 1"):
         able(prompt, negative_prompt="a red circle")
-    with pytest.raises(ValueError, match="prompt must not be empty"):
+    with pytest.raises(ValueError, match="negative_prompt must not be empty"):
         able(prompt, sampling=guided, negative_prompt=" ")
 
 
@@ -104,9 +105,9 @@ def test_candidates_are_sorted_by_their_score(ranking_pipeline: Pipeline, pipeli
     ranked = ranking_pipeline(["a red circle"], candidates=6)[0]
     unranked = pipeline(["a red circle"], candidates=6)[0]
     assert ranked.scores == sorted(ranked.scores or [], reverse=True)
-    assert ranked.seeds != unranked.seeds
-    for seed, image, score in zip(ranked.seeds, ranked.images, ranked.scores or [], strict=True):
-        assert torch.equal(image, unranked.images[unranked.seeds.index(seed)])
+    assert ranked.candidates != unranked.candidates
+    for candidate, image, score in zip(ranked.candidates, ranked.images, ranked.scores or [], strict=True):
+        assert torch.equal(image, unranked.images[candidate])
         assert ranking_pipeline.reranker is not None
         again = ranking_pipeline.reranker.score("a red circle", image[None], torch.zeros(1, 3, 4))
         assert score == pytest.approx(again.item(), abs=1e-5)
@@ -116,7 +117,7 @@ def test_only_the_best_are_kept(ranking_pipeline: Pipeline, pipeline: Pipeline) 
     everything = ranking_pipeline(["a red circle"], candidates=7)[0]
     best = ranking_pipeline(["a red circle"], candidates=7, keep=3)[0]
     assert best.scores == (everything.scores or [])[:3]
-    assert (best.candidates, best.seeds) == (everything.candidates[:3], everything.seeds[:3])
+    assert best.candidates == everything.candidates[:3]
     assert torch.equal(best.images, everything.images[:3])
     assert torch.equal(best.image_tokens, everything.image_tokens[:3])
     assert best.sampled == 7
@@ -141,16 +142,63 @@ def test_what_is_in_the_store_is_not_sampled_again(pipeline: Pipeline, batch_siz
     assert torch.equal(fewer[2].image_tokens, expected[2].image_tokens[:3])
 
 
+def test_another_process_may_fill_the_same_store(pipeline: Pipeline) -> None:
+    expected = pipeline(["a"], candidates=6)[0].image_tokens
+    store = MemoryStore()
+
+    def other(progress: Progress) -> None:
+        # Ahead of this one, in batches of other sizes.
+        if progress.tokens_done == 12:
+            store.save(0, expected[:3])
+        if progress.tokens_done == 4 * 12:
+            store.save(0, expected[:5])
+
+    result = pipeline(["a"], candidates=6, batch_size=2, store=store, on_progress=other)[0]
+    assert torch.equal(result.image_tokens, expected)
+
+
 def test_decoding_of_pictures_is_counted_over_all_prompts(
     ranking_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, seen = ranking_pipeline(["a", "b"], candidates=5), list[int]()
-    monkeypatch.setattr("dalle1.pipeline._RANKED_AT_ONCE", 2)
+    monkeypatch.setattr("dalle1.decode_and_rank._RANKED_AT_ONCE", 2)
     parts = ranking_pipeline(["a", "b"], candidates=5, on_finished=seen.append)
     assert seen == [*range(1, 11)]
     for one, other in zip(whole, parts, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-6)
         assert torch.equal(one.images, other.images)
+
+
+def test_best_are_the_same_however_many_are_ranked_at_once(
+    ranking_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ranking_pipeline(["a red circle"], candidates=9, keep=4)[0]
+    monkeypatch.setattr("dalle1.decode_and_rank._RANKED_AT_ONCE", 2)
+    parts = ranking_pipeline(["a red circle"], candidates=9, keep=4)[0]
+    assert parts.candidates == whole.candidates
+    assert torch.equal(parts.images, whole.images)
+
+
+def test_scores_that_are_no_numbers_are_refused(pipeline: Pipeline) -> None:
+    class Broken(CLIPReranker):
+        def __init__(self) -> None: ...
+
+        def check(self, prompt: str) -> None: ...
+
+        def score(self, prompt: str, images: Tensor, image_tokens: Tensor) -> Tensor:
+            return torch.tensor([0.5, float("nan")])
+
+    broken = Pipeline(pipeline.transformer, pipeline.image_tokenizer, Broken())
+    with pytest.raises(ValueError, match="scores must be finite numbers, some of 'a' are not"):
+        broken(["a"], candidates=2)
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(top_k=3), SamplingConfig(top_p=0.5)])
+def test_weights_that_are_no_numbers_are_told(pipeline: Pipeline, sampling: SamplingConfig) -> None:
+    damaged = copy.deepcopy(pipeline.transformer)
+    damaged.model.blocks[1].mlp[0].weight.data[3] = float("nan")  # type: ignore[index, union-attr, operator]
+    with pytest.raises(ValueError, match="logits must be finite numbers, they are not in float32"):
+        Pipeline(damaged, pipeline.image_tokenizer)(["a"], candidates=2, sampling=sampling)
 
 
 def test_results_come_as_they_get_done(pipeline: Pipeline) -> None:
@@ -204,7 +252,7 @@ def test_checkpoints_name_the_weights(ranking_pipeline: Pipeline, pipeline: Pipe
 
 def test_longest_prompt_is_accepted_and_one_token_more_is_not(pipeline: Pipeline) -> None:
     pipeline(["z" * 40])
-    with pytest.raises(ValueError, match=r"prompt must have at most 40 tokens, .*, got 41: 'z{41}'"):
+    with pytest.raises(ValueError, match=r"prompt must have at most 40 tokens, .*, got 41; shorten 'z{41}'"):
         pipeline(["a", "z" * 41])
 
 
@@ -266,7 +314,7 @@ def test_transformer_without_a_text_tokenizer_is_refused(checkpoints: dict[str, 
 def test_decoding_in_bf16_is_asked_for_by_name(pipeline: Pipeline) -> None:
     cpu = torch.device("cpu")
     assert [choose_dtype(name, cpu) for name in ("auto", "fp32", "bf16")] == [*[torch.float32] * 2, torch.bfloat16]
-    with pytest.raises(ValueError, match="precision must be auto, fp32 or bf16, got 'fp8'"):
+    with pytest.raises(ValueError, match="precision must be one of auto, fp32, bf16, fp16, got 'fp8'"):
         choose_dtype("fp8", cpu)
     exact = pipeline(["a"], candidates=8)[0].image_tokens
     rounded = pipeline(["a"], candidates=8, dtype=torch.bfloat16)[0].image_tokens

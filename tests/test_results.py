@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from dalle1 import results as results_module
-from dalle1.pipeline import PromptResult
-from dalle1.results import RunOrigin, SampleRun, WrittenRun, new_directory, slug
+from dalle1.decode_and_rank import PromptResult
+from dalle1.results import Choice, SampleRun, WrittenRun, new_directory
+from dalle1.run_origin import RunOrigin, slug
 from dalle1.sampling.image_prompt import ImagePrompt
 
 CHECKPOINTS: dict[str, dict[str, object]] = {"transformer": {"sha256": "aa", "step": 5}, "dvae": {"sha256": "bb"}}
@@ -26,6 +27,8 @@ ORIGIN = RunOrigin(
     negative_prompt=None,
     image_sha256=None,
     dtype="float32",
+    grid=[2, 3],
+    image_vocab_size=32,
     transformer_sha256="aa",
     dvae_sha256="bb",
 )
@@ -42,10 +45,12 @@ def _result(
         images=images,
         image_tokens=TOKENS[: len(candidates)],
         candidates=candidates,
-        seeds=[70 + candidate for candidate in candidates],
         scores=scores,
         sampled=4,
     )
+
+
+CHOICE = Choice(sampled=4, keep=None, reranker=None, paste_kept=False)
 
 
 def _open(directory: Path, **changes: Any) -> SampleRun:
@@ -54,7 +59,7 @@ def _open(directory: Path, **changes: Any) -> SampleRun:
 
 def _finish(run: SampleRun, results: list[PromptResult], **options: Any) -> WrittenRun:
     for number, result in enumerate(results):
-        run.write(number, result)
+        run.write(number, result, CHOICE)
     return run.finish(**({"settings": {"seed": 3}, "reranker": {"kind": "clip"}, "complete": True} | options))
 
 
@@ -68,7 +73,7 @@ def test_run_writes_pictures_grid_gallery_and_manifest(tmp_path: Path) -> None:
     assert _names(tmp_path / "new" / "run") == {
         *("0001-a-red-circle-0003.png", "0001-a-red-circle-0000.png"),
         *("0002-prompt-0000.png", "0002-prompt-0001.png"),
-        *("grid.png", "index.html", "manifest.json"),
+        *("grid.png", "index.html", "manifest.json", "tokens"),
     }
     assert _names(tmp_path / "new") == {"run"}
     assert (written.n_pictures, written.n_sampled, written.best_score) == (4, 8, 0.5)
@@ -96,8 +101,8 @@ def test_manifest_says_how_each_picture_was_made(tmp_path: Path) -> None:
         "prompt": "a red circle",
         "sampled": 4,
         "pictures": [
-            {"file": "0001-a-red-circle-0003.png", "candidate": 3, "seed": 73, "score": 0.5},
-            {"file": "0001-a-red-circle-0000.png", "candidate": 0, "seed": 70, "score": -0.25},
+            {"file": "0001-a-red-circle-0003.png", "candidate": 3, "score": 0.5},
+            {"file": "0001-a-red-circle-0000.png", "candidate": 0, "score": -0.25},
         ],
     }
     assert second["prompt"] == "日本"
@@ -110,10 +115,12 @@ def test_picture_has_its_pixels_and_its_origin(tmp_path: Path) -> None:
     with Image.open(tmp_path / "run" / "0001-x-y-0001.png") as picture:
         assert np.asarray(picture).shape == (4, 6, 3)
         assert (np.asarray(picture) == 255).all()
+        assert len(picture.info.pop("pixels_sha256")) == 64
         assert picture.info == {
             "prompt": prompt,
-            "seed": "71",
+            "seed": "3",
             "candidate": "1",
+            "sampling": '{"temperature":0.7,"negative_prompt":null,"dtype":"float32"}',
             "score": "0.100000",
             "transformer_sha256": "aa",
             "dvae_sha256": "bb",
@@ -149,28 +156,68 @@ def test_tokens_come_back_and_nothing_is_written_before_them(tmp_path: Path) -> 
 
 
 def test_large_codes_take_more_room(tmp_path: Path) -> None:
-    run = _open(tmp_path / "run")
+    run = _open(tmp_path / "run", image_vocab_size=100_000)
     run.save(0, TOKENS + 70_000)
     tokens = run.load(0)
     assert tokens is not None
     assert torch.equal(tokens, TOKENS + 70_000)
 
 
+def test_pictures_of_an_earlier_call_are_taken_over_if_they_are_the_same(tmp_path: Path) -> None:
+    _finish(_open(tmp_path / "run"), [_result(scores=[0.5, 0.25]), _result("日本")])
+    again = _open(tmp_path / "run")
+    assert not again.find_written(0, replace(CHOICE, keep=1))
+    assert not again.find_written(2, CHOICE)
+    assert again.find_written(0, CHOICE)
+    assert again.has_written(0)
+    assert again.finish(settings={}, reranker=None, complete=True).best_score == 0.5
+    assert not list((tmp_path / "run").glob("0002-*")), "what was not taken over goes"
+    (tmp_path / "run" / "0001-a-red-circle-0001.png").unlink()
+    assert not _open(tmp_path / "run").find_written(0, CHOICE)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"choice": {}, "entry": {"pictures": [{"file": "../a.png"}]}}'])
+def test_choice_that_is_damaged_is_made_again(tmp_path: Path, content: str) -> None:
+    run = _open(tmp_path / "run")
+    _finish(run, [_result()])
+    (tmp_path / "run" / "tokens" / "0001.json").write_text(content)
+    assert not _open(tmp_path / "run").find_written(0, CHOICE)
+
+
 def test_pictures_that_are_no_longer_kept_go_and_files_of_others_stay(tmp_path: Path) -> None:
     _finish(_open(tmp_path / "run"), [_result(candidates=[0, 1, 2])])
-    (tmp_path / "run" / "notes.txt").write_text("mine")
+    # Left by a process that died before it said so anywhere.
+    (tmp_path / "run" / "0002-b-0007.png").write_bytes(b"")
+    mine = ["notes.txt", "grid-of-mine.png", "0001.png"]
+    for name in mine:
+        (tmp_path / "run" / name).write_text("mine")
+    (tmp_path / "precious.png").write_text("mine too")
+    path = tmp_path / "run" / "manifest.json"
+    path.write_text(path.read_text().replace("0001-a-red-circle-0001.png", "../precious.png"))
     _finish(_open(tmp_path / "run"), [_result(candidates=[2, 3])])
-    pictures = {name for name in _names(tmp_path / "run") if name.startswith("0001")}
-    assert pictures == {"0001-a-red-circle-0002.png", "0001-a-red-circle-0003.png"}
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "precious.png").exists(), "whatever a manifest says"
+    assert _names(tmp_path / "run") == {
+        *("0001-a-red-circle-0002.png", "0001-a-red-circle-0003.png"),
+        *("grid.png", "index.html", "manifest.json", "tokens", *mine),
+    }
+
+
+def test_run_that_goes_on_is_not_complete(tmp_path: Path) -> None:
+    _finish(_open(tmp_path / "run"), [_result()])
+    again = _open(tmp_path / "run")
+    assert again.is_complete
+    again.save(0, TOKENS)
+    assert not SampleRun.reopen(tmp_path / "run").is_complete
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"seed": 4}, "holds a run with seed 3, this one has 4; choose another out"),
-        ({"prompts": ["b"]}, r"holds a run with prompts \[.*\], this one has \[\"b\"\]"),
-        ({"sampling": {"temperature": 1.0}}, "holds a run with sampling"),
+        ({"prompts": ["b", "日本"]}, 'holds a run with the prompt "a red circle", this one has "b"'),
+        ({"prompts": ["a red circle"]}, "holds a run with 2 prompts, this one has 1"),
+        ({"sampling": {"temperature": 1.0}}, "holds a run with temperature 0.7, this one has 1.0"),
+        ({"image_sha256": "x"}, "holds a run with another image, or other cells of it that stay, this one has its own"),
         ({"transformer_sha256": "cc"}, 'holds a run with transformer_sha256 "aa", this one has "cc"'),
     ],
 )
@@ -214,20 +261,26 @@ def test_failure_leaves_the_run_as_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     run = _open(tmp_path / "run")
     run.save(0, TOKENS)
     _finish(run, [_result()])
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def pictures() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.suffix in (".png", ".npy")}
+
+    before = pictures()
     monkeypatch.setattr(results_module, "draw_grids", fail)
     with pytest.raises(OSError, match="disk full"):
         _finish(_open(tmp_path / "run"), [_result()])
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert pictures() == before
 
 
-def test_directory_with_files_is_never_touched(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("precious")
+@pytest.mark.parametrize("name", ["mine.txt", "image.png", "mask.png", "grid.png", "preview.png"])
+def test_directory_with_files_is_never_touched(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
     with pytest.raises(FileExistsError, match="must not exist yet, be an empty directory or hold a run of the same"):
         _open(tmp_path)
-    with pytest.raises(FileExistsError, match=r"must not exist yet.*, got '.*mine\.txt'"):
-        _open(tmp_path / "mine.txt")
-    assert _names(tmp_path) == {"mine.txt"}
+    with pytest.raises(FileExistsError, match=rf"must not exist yet.*, got '.*{name}'"):
+        _open(tmp_path / name)
+    assert _names(tmp_path) == {name}
+    assert (tmp_path / name).read_text() == "precious"
 
 
 def test_empty_directory_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +291,18 @@ def test_empty_directory_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert str(written.manifest) == "manifest.json"
 
 
+def _other_grid(directory: Path) -> None:
+    np.save(directory / "tokens" / "0001.npy", np.zeros((2, 3, 2), dtype=np.uint16))
+
+
+def _other_codes(directory: Path) -> None:
+    np.save(directory / "tokens" / "0001.npy", np.full((2, 2, 3), 32, dtype=np.uint16))
+
+
+def _fractions(directory: Path) -> None:
+    np.save(directory / "tokens" / "0001.npy", np.full((2, 2, 3), 1.5))
+
+
 def _break_tokens(directory: Path) -> None:
     (directory / "tokens" / "0001.npy").write_bytes(b"\x93NUMPY, but no more")
 
@@ -246,7 +311,7 @@ def _pickle_tokens(directory: Path) -> None:
     np.save(directory / "tokens" / "0001.npy", np.array([{}], dtype=object), allow_pickle=True)
 
 
-@pytest.mark.parametrize("damage", [_break_tokens, _pickle_tokens])
+@pytest.mark.parametrize("damage", [_break_tokens, _pickle_tokens, _other_grid, _other_codes, _fractions])
 def test_damaged_tokens_are_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     run = _open(tmp_path / "run")
     run.save(0, TOKENS)
@@ -261,6 +326,7 @@ def test_damaged_tokens_are_named(tmp_path: Path, damage: Callable[[Path], None]
         ("{", "is damaged"),
         ("[]", "is damaged"),
         ('{"format_version": 2, "origin": {}}', "is damaged"),
+        (json.dumps({"format_version": 2, "origin": asdict(ORIGIN)}), "is damaged .it lacks checkpoints, complete, "),
         ('{"format_version": 1}', "must have format version 2, got 1"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import pytest
 from PIL import Image
 
 from dalle1.checkpoint import Loaded, load_clip, load_dvae, load_transformer, make_record, write_exported
+from dalle1.tokenizers.image import ImageTokenizer
+from dalle1.tokenizers.text import TextTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "sample.py"
@@ -214,12 +217,83 @@ def test_disk_that_is_full_loses_nothing(
             sample("prompt=a", "candidates=2", "out=run")
     assert raised.value.code == 1
     assert capsys.readouterr().err == (
-        "error: [Errno 28] No space left on device; what is done stays in 'run', and the same command goes on with the "
-        "rest\n"
+        "error: cannot write to 'run' ([Errno 28] No space left on device); what is done stays in 'run', and the same "
+        "command goes on with the rest\n"
     )
     monkeypatch.setattr("dalle1.pipeline.Sampler.blocks", fail)  # nothing is left to sample
     sample("prompt=a", "candidates=2", "out=run")
     assert len(_pixels(work / "run")) == 2
+
+
+def test_what_was_chosen_is_neither_decoded_nor_ranked_again(
+    work: Path, sample: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work / "prompts.txt").write_text("a\nb\n")
+    command = ["prompts_file=prompts.txt", "candidates=4", "keep=2", "out=run"]
+    sample(*command)
+    before = _pixels(work / "run")
+    decoded: list[int] = []
+    decode = ImageTokenizer.decode
+    monkeypatch.setattr(ImageTokenizer, "decode", lambda *args: decoded.append(1) or decode(*args))
+    sample(*command)
+    assert not decoded
+    assert _pixels(work / "run") == before
+    (work / "run" / "tokens" / "0002.json").unlink()
+    sample(*command)
+    assert len(decoded) == 4, "the second prompt's"
+    sample(*command[:2], "keep=3", "out=run")
+    assert len(decoded) == 12
+    assert len(_pixels(work / "run")) == 6
+
+
+def test_sigterm_is_as_good_as_ctrl_c(
+    work: Path, sample: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Bar(_Interrupt):
+        def sampled(self, progress: object) -> None:
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("dalle1.sample.ProgressBar", Bar(15))
+        with pytest.raises(SystemExit) as raised:
+            sample("prompt=a red circle", "candidates=3", "batch_size=1", "out=run")
+    assert raised.value.code == 130
+    assert capsys.readouterr().out.startswith("1 picture, best score")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_out_that_cannot_be_written_is_told(
+    work: Path, sample: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "file").write_text("")
+    with pytest.raises(SystemExit):
+        sample("prompt=a", "candidates=1", "out=file/run")
+    assert capsys.readouterr().err.startswith("error: out must be a directory that can be written to, got 'file/run' (")
+
+
+def test_run_that_was_killed_goes_on_with_what_is_on_the_disk(work: Path, sample: Callable[..., None]) -> None:
+    class Killed(BaseException):
+        """Nothing of ours handles it, as nothing handles SIGKILL."""
+
+    class Bar(_Interrupt):
+        def sampled(self, progress: object) -> None:
+            self.left -= 1
+            if not self.left:
+                raise Killed
+
+    command = ["prompt=a red circle", "candidates=7", "batch_size=2", "out=run", "preview_every=1"]
+    sample(*command[:3], "out=whole")
+    for steps in (5, 12 + 5, 12 + 5, 12 + 3):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("dalle1.sample.ProgressBar", Bar(steps))
+            with pytest.raises(Killed):
+                sample(*command)
+    sample(*command)
+    assert _pixels(work / "run") == _pixels(work / "whole")
+    assert np.array_equal(*(np.load(work / out / "tokens" / "0001.npy") for out in ("run", "whole")))
 
 
 def test_preview_shows_rows_that_are_done(
@@ -272,9 +346,26 @@ def test_run_is_ranked_again_without_sampling(
     assert max(scores) < 0
     assert _pixels(work / "run") == pixels
     sample("rerank.only=run", "keep=2")
-    sample("rerank.only=run", "rerank=none")
+    sample("rerank.only=run", "rerank=image_likelihood")
+    assert len(_pixels(work / "run")) == 2, "as many as before"
+    sample("rerank.only=run", "rerank=none", "keep=5")
     assert [each["candidate"] for each in _manifest(work / "run")["prompts"][0]["pictures"]] == [0, 1, 2, 3, 4]
     assert _pixels(work / "run") == pixels
+
+
+def test_likelihood_of_a_transformer_of_another_dvae_ranks_nothing(
+    work: Path,
+    sample: Callable[..., None],
+    make_transformer: Callable[..., Any],
+    text_tokenizer: TextTokenizer,
+    write_checkpoint: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sample("prompt=a", "candidates=1", "out=run")
+    write_checkpoint(work / "other.ckpt", make_transformer(), text_tokenizer=text_tokenizer, dvae_sha256="x")
+    with pytest.raises(SystemExit):
+        sample("rerank.only=run", "rerank=image_likelihood", "transformer=other.ckpt")
+    assert "the transformer needs the dVAE it was trained with" in capsys.readouterr().err
 
 
 def test_run_of_another_dvae_is_not_ranked(
@@ -318,7 +409,7 @@ def test_exported_checkpoints_give_the_same_pictures(work: Path, sample: Callabl
         (["prompt=a", "negative_prompt=b"], "a negative prompt needs a guidance_scale other than 1, got 1"),
         (["prompt=a", "guidance_scale=2"], "guidance needs a transformer trained with optim.caption_dropout > 0"),
         (["prompt=a", "rerank=best"], "Available options in 'rerank'"),
-        (["prompt=a", "rerank=hf_clip"], "rerank=hf_clip needs a model, got none; give rerank.model=..."),
+        (["prompt=a", "rerank=hf_clip"], "rerank=hf_clip needs a model, got none; give a directory or a name"),
         (["prompt=a", "rerank=caption_likelihood"], "needs a transformer trained with optim.caption_dropout > 0"),
         (
             ["prompt=a", "rerank.model=nothing.ckpt"],
@@ -327,10 +418,25 @@ def test_exported_checkpoints_give_the_same_pictures(work: Path, sample: Callabl
         (["prompt=a", "out=runs"], "out must not exist yet, be an empty directory or hold a run of the same settings"),
         (["prompt=a", "dvae=${rerank.model}"], "must hold a dvae, got a clip"),
         (["prompt=a", "keep=0"], "keep must be >= 1, got 0"),
+        (["prompt=a", "keep=5", "candidates=4"], "keep must be at most the number of candidates, 4, got 5"),
+        (["prompt=a", "compile=no"], "compile must be true or false, got 'no'"),
+        (["prompt=a", "paste_kept=maybe"], "paste_kept must be true or false, got 'maybe'"),
+        (["prompt=a", "rerank.allow_download=off"], "rerank.allow_download must be true or false, got 'off'"),
+        (["prompt=a", "out="], "out must name a directory, got nothing"),
+        (["prompt=a", "seed=x"], "seed must be an integer >= 0, got 'x'"),
+        (["prompt=a", "image=runs", "keep_rows=1"], "'runs' cannot be read: Is a directory"),
         (["prompt=a", "top_p=2"], "SamplingConfig.top_p must be in (0, 1] (1 means all codes), got 2"),
         (["prompt=a", "batch_size=some"], "batch_size must be an integer >= 1, got 'some'"),
         (["prompt=a", "preview_every=0"], "preview_every must be >= 1, got 0"),
         (["prompt=a", "keep_rows=1"], "keep_rows says what of a picture stays, so it needs image=..., got none"),
+        (["prompt=a", "paste_kept=true"], "paste_kept says what of a picture stays, so it needs image=..., got none"),
+        (["prompt=a", "compile=true"], "compiled decoding is for CUDA, got device cpu; leave out compile"),
+        (["prompt=a", "precision=fp8"], "precision must be one of auto, fp32, bf16, fp16, got 'fp8'"),
+        (["prompt=a", "rerank=none", "rerank.model=x"], "rerank=none takes no model, got rerank.model=x; leave it out"),
+        (
+            ["rerank.only=nothing", "preview_every=2"],
+            "with rerank.only, which ranks what its directory holds, leave out",
+        ),
         (["prompt=a", "variations=2"], "variations says what of a picture stays, so it needs image=..., got none"),
         (["prompt=a", "image=nothing.png"], "image must be a picture, there is none at 'nothing.png'"),
         (["prompt=a", "image=text.png"], "image must be a JPEG, PNG or WebP file, 'text.png' cannot be read"),

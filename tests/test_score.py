@@ -25,7 +25,8 @@ from dalle1.evaluation.likelihood import token_nats
 from dalle1.models.dvae import DVAE
 from dalle1.models.transformer import DalleTransformer
 from dalle1.pipeline import Pipeline
-from dalle1.results import RunOrigin, SampleRun
+from dalle1.results import Choice, SampleRun
+from dalle1.run_origin import RunOrigin
 from dalle1.sampling.filters import DEFAULT_SAMPLING
 from dalle1.score import format_scores, main, score_files
 from dalle1.tokenizers.text import TextTokenizer
@@ -198,9 +199,16 @@ def test_sampled_picture_has_its_prompt_and_its_tokens(
     (result,) = pipeline(["ein grüner Kreis"], candidates=4)
     assert not torch.equal(pipeline.image_tokenizer.encode(result.images), result.image_tokens), "or nothing is shown"
     origin = RunOrigin.of(
-        pipeline, [result.prompt], seed=0, sampling=DEFAULT_SAMPLING, negative_prompt=None, image_prompt=None
+        pipeline,
+        [result.prompt],
+        seed=0,
+        sampling=DEFAULT_SAMPLING,
+        negative_prompt=None,
+        image_prompt=None,
+        dtype=torch.float32,
     )
-    SampleRun.open(tmp_path / "run", origin, checkpoints=pipeline.checkpoints).write(0, result)
+    choice = Choice(sampled=4, keep=None, reranker=None, paste_kept=False)
+    SampleRun.open(tmp_path / "run", origin, checkpoints=pipeline.checkpoints).write(0, result, choice)
     rows = read_rows(run(f"{tmp_path}/run/0001*.png"))
     assert [row["caption"] for row in rows] == ["ein grüner Kreis"] * 4
     tokenizer = pipeline.transformer.text_tokenizer
@@ -444,3 +452,36 @@ def test_no_captions_are_not_each_pictures_own(checkpoints: dict[str, Path], tmp
     files = find_pictures([str(save(tmp_path / "a.png", RED))])
     with pytest.raises(ValueError, match="captions must hold at least one caption, got none"):
         score_files(files, pipeline, tmp_path / "out", captions=[])
+
+
+def test_interrupted_run_leaves_the_pictures_that_are_done(
+    run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("a", "b", "c"):
+        save(tmp_path / f"{name}.png", BLUE)
+    read = Path.read_bytes
+
+    def interrupt(path: Path) -> bytes:
+        if path.name == "c.png":
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", interrupt)
+    out = run("a.png", "b.png", "c.png", "batch_size=1", code=130)
+    assert [row["name"] for row in read_rows(out)] == ["a", "b"]
+    assert read_json(out)["interrupted"] is True
+    assert "interrupted: these are the pictures that were done" in capsys.readouterr().err
+
+
+def test_long_table_is_cut(run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(23):
+        save(tmp_path / f"{number:02d}.png", BLUE)
+    out = run(*(f"{number:02d}.png" for number in range(23)))
+    printed = capsys.readouterr().out
+    assert "19.png" in printed
+    assert "20.png" not in printed
+    assert "... and 3 more, in scores.csv" in printed
+    assert len(read_rows(out)) == 23

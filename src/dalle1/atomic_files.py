@@ -66,6 +66,8 @@ def atomic_directory(directory: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content` as indented JSON."""
+    """Write `content` as indented JSON. Raises: ValueError for numbers that are not finite, which JSON lacks."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )

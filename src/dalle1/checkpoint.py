@@ -129,8 +129,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle can raise any error
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise ValueError(
-            f"'{path}' is not a checkpoint that can be read safely ({reason}); if it is damaged, delete it and train "
-            "that stage again"
+            f"'{path}' is not a checkpoint that can be read safely ({reason}); give checkpoints/last.ckpt of a stage; "
+            "if it is that, it is damaged: train the stage again"
         ) from error
     record = content.get(RECORD_KEY) if isinstance(content, dict) else None
     if not isinstance(record, dict):

@@ -147,13 +147,17 @@ def _parse(argument: str) -> Override | None:
 def dashed_options(arguments: Sequence[str], names: Collection[str]) -> list[str]:
     """Arguments for argparse, with the options `names` written `name=value`, as in Hydra's grammar, as `--name=value`.
 
-    A file whose whole name looks like such an option stays a file."""
+    A file whose whole name looks like such an option stays a file.
 
-    def is_option(argument: str) -> bool:
+    Raises: OptionError for an option that is not among `names`."""
+    options = []
+    for argument in arguments:
         name, separator, _ = argument.partition("=")
-        return bool(separator) and name in names and not os.path.lexists(argument)
-
-    return [f"--{argument}" if is_option(argument) else argument for argument in arguments]
+        is_option = separator and re.fullmatch("[a-z_]+", name) and not os.path.lexists(argument)
+        if is_option and name not in names:
+            raise OptionError(f"there is no option '{name}'; there are {', '.join(names)}")
+        options.append(f"--{argument}" if is_option else argument)
+    return options
 
 
 @contextmanager

@@ -24,6 +24,9 @@ _SMALL_SIDE, _MOST_EXACT_BYTES = 128, 10_000
 # they take exactly; sampled pictures have no grain.
 _QUALITY = 90
 # Said by the prompt, or not part of what made the pictures.
+_OPTION_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
+# Above this pages take long to make and to open (10 ms and 28 kB for each picture of 256 x 256); the rest is files.
+_MOST_PICTURES = 2000
 _NOT_REPEATED = ("prompt", "prompts_file", "out", "rerank.only")
 
 
@@ -38,11 +41,13 @@ def render_gallery(manifest: Mapping[str, Any], open_picture: Callable[[str], Im
     prompts = [{"prompt": entry["prompt"], "sampled": entry["sampled"]} for entry in manifest["prompts"]]
     for entry in prompts:
         entry["command"] = sampling_command(entry["prompt"], manifest["settings"])
+    most = max(1, _MOST_PICTURES // max(1, len(prompts)))  # of each prompt
     pictures = [
         {"prompt": number} | picture
-        for number, entry in enumerate(manifest["prompts"])
-        for picture in entry["pictures"]
+        for number, entry in enumerate(manifest["prompts"][:_MOST_PICTURES])
+        for picture in entry["pictures"][:most]
     ]
+    kept = sum(len(entry["pictures"]) for entry in manifest["prompts"])
     # Stable: what has no score stays in the manifest's order, at the end.
     pictures.sort(key=lambda picture: math.inf if picture["score"] is None else -picture["score"])
     source = resources.files("dalle1").joinpath("gallery.html").read_text(encoding="utf-8")
@@ -55,6 +60,8 @@ def render_gallery(manifest: Mapping[str, Any], open_picture: Callable[[str], Im
         created=f"{datetime.fromisoformat(manifest['created']):%Y-%m-%d %H:%M %Z}",
         complete=manifest["complete"],
         progress=_progress(manifest),
+        left_out=kept - len(pictures),
+        origin=_origin(open_picture) if manifest.get("has_image_prompt") else [],
         sampled=sum(entry["sampled"] for entry in prompts),
         prompts=prompts,
         cards=[picture | _embed(open_picture(picture["file"])) for picture in pictures],
@@ -67,6 +74,12 @@ def render_gallery(manifest: Mapping[str, Any], open_picture: Callable[[str], Im
     )
 
 
+def _origin(open_picture: Callable[[str], Image.Image]) -> list[tuple[dict[str, Any], str]]:
+    """What pictures of an image prompt were sampled from, and its captions."""
+    names = {"image.png": "sampled from this picture", "mask.png": "white was sampled again"}
+    return [(_embed(open_picture(name)), caption) for name, caption in names.items()]
+
+
 def sampling_command(prompt: str, settings: Mapping[str, Any]) -> str | None:
     """The shell command that samples a prompt with these settings again.
 
@@ -76,7 +89,8 @@ def sampling_command(prompt: str, settings: Mapping[str, Any]) -> str | None:
         name: value
         for setting in settings.items()
         for name, value in _options(*setting)
-        if value is not None and name not in _NOT_REPEATED
+        # A manifest may come from anywhere, and a command may be pasted into a shell: no flags.
+        if value is not None and name not in _NOT_REPEATED and _OPTION_NAME.fullmatch(name)
     }
     if any(isinstance(value, str) and (value == "???" or value[:1] in ("'", '"')) for value in options.values()):
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -30,17 +30,16 @@ class GridBlock:
     legend: Image.Image | None = None  # drawn below the pictures in its own size
 
 
-def draw_grids(blocks: Iterable[GridBlock]) -> list[Image.Image]:
-    """Pages with all blocks below one another; a block that is higher than a page gets one of its own."""
-    pages: list[list[Image.Image]] = []
-    height = _HIGHEST_PAGE
+def draw_grids(blocks: Iterable[GridBlock]) -> Iterator[Image.Image]:
+    """Pages with all blocks below one another, one at a time; a block higher than a page gets one of its own."""
+    page: list[Image.Image] = []
     for block in map(_draw_block, blocks):
-        if height + block.height > _HIGHEST_PAGE:
-            pages.append([])
-            height = 0
-        pages[-1].append(block)
-        height += block.height
-    return [_stack(blocks) for blocks in pages]
+        if page and sum(each.height for each in page) + block.height > _HIGHEST_PAGE:
+            yield _stack(page)
+            page = []
+        page.append(block)
+    if page:
+        yield _stack(page)
 
 
 def draw_page(blocks: Sequence[GridBlock]) -> Image.Image:

@@ -7,13 +7,12 @@ tokens, image tokens (`sampling.sampler`), pictures (the dVAE's decoder), and wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
@@ -21,8 +20,9 @@ from dalle1.checkpoint import Loaded, check_pair, load_image_tokenizer, load_tra
 from dalle1.data.fields import require_int
 from dalle1.data.sampled_picture import SampledPicture
 from dalle1.data.transforms import fit_picture, to_unit_interval
+from dalle1.decode_and_rank import PromptResult, decode_and_rank
 from dalle1.models.transformer import DalleTransformer
-from dalle1.rerank.reranker import Reranker, best_first
+from dalle1.rerank.reranker import Reranker
 from dalle1.sampling.batch_size import auto_batch_size
 from dalle1.sampling.candidate_store import CandidateStore, MemoryStore
 from dalle1.sampling.filters import DEFAULT_SAMPLING, SamplingConfig
@@ -33,22 +33,6 @@ from dalle1.tokenizers.image import ImageTokenizer
 
 # On the generated scenes far better than 1, and as good as 2, which loses objects of groups (docs/shapes.md).
 GUIDANCE_SCALE = 1.5
-
-
-_RANKED_AT_ONCE = 64  # pictures that are decoded and then scored, so that both are seen to go on
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PromptResult:
-    """What is kept of a prompt's candidates: best first if they were scored, else in the order of their numbers."""
-
-    prompt: str
-    images: Float[Tensor, "n 3 h w"]  # float32 in [0, 1], on the CPU
-    image_tokens: Int[Tensor, "n gh gw"]  # int64, on the CPU
-    candidates: list[int]  # their numbers, from 0
-    seeds: list[int]
-    scores: list[float] | None  # of the reranker, higher is better; None without one
-    sampled: int  # candidates that these were chosen from
 
 
 class Pipeline:
@@ -82,8 +66,9 @@ class Pipeline:
         image_tokenizer = load_image_tokenizer(dvae)
         return cls(load_transformer(transformer), image_tokenizer, reranker)
 
-    def to(self, device: torch.device) -> Pipeline:
+    def to(self, device: torch.device | str) -> Pipeline:
         """The same pipeline with its models on another device."""
+        device = torch.device(device)
         self.transformer.model.to(device)
         if self.reranker:
             self.reranker.to(device)
@@ -125,8 +110,8 @@ class Pipeline:
         """
         if (keep_rows is None) == (mask is None):
             raise ValueError(
-                "an image needs either keep_rows=... or mask=..., which say what of it stays, got "
-                f"{'neither' if mask is None else 'both'}"
+                "an image needs either keep_rows=... or mask=..., which say what of it stays, or variations=... alone, "
+                f"got {'neither' if mask is None else 'both'}"
             )
         config = self.transformer.model.config
         grid, cell = (config.grid_height, config.grid_width), self.image_tokenizer.dvae.config.downsampling
@@ -136,7 +121,10 @@ class Pipeline:
             assert keep_rows is not None, "one of the two is given"
             kept = keep_top_rows(keep_rows, grid)
         image = to_unit_interval(fit_picture(picture, grid[0] * cell, grid[1] * cell))
-        tokens = sampled.tokens_of(self.image_tokenizer.sha256, grid) if sampled else None
+        tokens = None
+        if sampled:
+            vocab_size = self.image_tokenizer.vocab_size
+            tokens = sampled.tokens_of(self.image_tokenizer.sha256, grid=grid, vocab_size=vocab_size)
         if tokens is None:
             tokens = self.image_tokenizer.encode(image[None].to(self.device))[0].cpu()
         return ImagePrompt(image=image, image_tokens=tokens, kept=kept, paste_kept=paste_kept)
@@ -165,7 +153,7 @@ class Pipeline:
         """Sample pictures of each prompt; its result comes as soon as it is done.
 
         A prompt's pictures depend on it, on `seed`, `sampling`, `negative_prompt`, `image_prompt` and `dtype`, not on
-        the other prompts, `candidates` or `batch_size` (see `sampling.sampler` for the limits of that).
+        the other prompts, `candidates` or `batch_size` (on a GPU only with batches of one size).
 
         Args:
             prompts: Captions; white space around them is ignored.
@@ -202,19 +190,17 @@ class Pipeline:
             batch_size = auto_batch_size(model.config, device=self.device, dtype=of_states, guided=guided)
         require_int("batch_size", batch_size, at_least=1)
         seeds = [candidate_seeds(seed, prompt, candidates) for prompt in prompts]
-        store = store or MemoryStore()
+        store = MemoryStore() if store is None else store
         done = self._sample(sampler, prompts, seeds, image_prompt, batch_size, store, on_progress)
         before = 0
 
-        def result(i: int) -> PromptResult:
+        def result(done: tuple[int, Tensor]) -> PromptResult:
             nonlocal before
-            tokens = store.load(i)
-            assert tokens is not None, "they were sampled"
+            i, tokens = done
             counted = None if on_finished is None else lambda pictures: on_finished(before + pictures)
-            finished = self.finish(
+            finished = self.decode_and_rank(
                 prompts[i],
-                tokens[:candidates],
-                seed=seed,
+                tokens,
                 keep=keep,
                 image_prompt=image_prompt,
                 on_finished=counted,
@@ -236,7 +222,9 @@ class Pipeline:
             raise ValueError(f"compiled decoding is for CUDA, got device {self.device}; leave out compile")
         negative = None
         if negative_prompt is not None:
-            negative = self._text_tokenizer.encode(self.check_prompts([negative_prompt])).to(self.device)
+            negative = self._text_tokenizer.encode(self.check_prompts([negative_prompt], name="negative_prompt")).to(
+                self.device
+            )
         return Sampler(self.transformer.model, sampling, negative=negative, dtype=dtype, compiled=compiled)
 
     @property
@@ -244,8 +232,8 @@ class Pipeline:
         """Where its models are."""
         return self.transformer.model.start.device
 
-    def check_prompts(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts without white space around them, each one usable by every model.
+    def check_prompts(self, prompts: Sequence[str], *, name: str = "prompt") -> list[str]:
+        """The prompts without white space around them, each one usable by every model; `name` is theirs in messages.
 
         Raises: ValueError or TypeError as `stream` does.
         """
@@ -256,11 +244,11 @@ class Pipeline:
         stripped = [_check_text(prompt).strip() for prompt in prompts]
         for prompt in stripped:
             if not prompt:
-                raise ValueError("prompt must not be empty")
+                raise ValueError(f"{name} must not be empty")
             if len(ids := self._text_tokenizer.ids(prompt)) > self._text_tokenizer.seq_len:
                 limit = f"at most {self._text_tokenizer.seq_len} tokens, as the transformer was trained with"
-                raise ValueError(f"prompt must have {limit}, got {len(ids)}: {prompt[:60]!r}")
-            if self.reranker:
+                raise ValueError(f"{name} must have {limit}, got {len(ids)}; shorten {prompt[:60]!r}")
+            if self.reranker and name == "prompt":
                 self.reranker.check(prompt)
         return stripped
 
@@ -273,8 +261,8 @@ class Pipeline:
         batch_size: int,
         store: CandidateStore,
         on_progress: Callable[[Progress], None] | None,
-    ) -> Iterator[int]:
-        """Sample what the store lacks; give the number of each prompt that has all its candidates."""
+    ) -> Iterator[tuple[int, Int[Tensor, "n gh gw"]]]:
+        """Sample what the store lacks; give the number of each prompt that has all its candidates, and their tokens."""
         n_candidates = len(seeds[0])
         known = [0 if (tokens := store.load(i)) is None else min(len(tokens), n_candidates) for i in range(len(seeds))]
         length = self.transformer.model.config.image_seq_len
@@ -297,12 +285,13 @@ class Pipeline:
         for n_known, group in groupby(range(len(seeds)), key=known.__getitem__):
             numbers = list(group)
             if n_known == n_candidates:
-                yield from numbers
+                yield from ((i, _stored(store, i)[:n_candidates]) for i in numbers)
                 continue
             text = self._text_tokenizer.encode([prompts[i] for i in numbers]).to(self.device)
             given = None
             if image_prompt is not None:
                 given = image_prompt.given.to(self.device).expand(len(numbers), -1, -1)
+            grown = {i: _stored(store, i) for i in numbers} if n_known else {}
             blocks = sampler.blocks(
                 text,
                 seeds=[seeds[i][n_known:] for i in numbers],
@@ -313,26 +302,28 @@ class Pipeline:
             for block in blocks:
                 done += len(block.prompts) * len(block.candidates)
                 for i, tokens in zip(block.prompts, block.image_tokens.cpu(), strict=True):
-                    before = store.load(numbers[i])
-                    store.save(numbers[i], tokens if before is None else torch.cat([before, tokens]))
+                    number = numbers[i]
+                    grown[number] = torch.cat([grown[number], tokens]) if number in grown else tokens
+                    stored = store.load(number)
+                    # Another process may have stored the same by now, and more.
+                    if stored is None or len(stored) < len(grown[number]):
+                        store.save(number, grown[number])
                 if n_known + block.candidates.stop == n_candidates:
-                    yield from (numbers[i] for i in block.prompts)
+                    yield from ((numbers[i], grown.pop(numbers[i])) for i in block.prompts)
 
-    def finish(
+    def decode_and_rank(
         self,
         prompt: str,
         image_tokens: Int[Tensor, "n gh gw"],
         *,
-        seed: int,
         keep: int | None = None,
         image_prompt: ImagePrompt | None = None,
         on_finished: Callable[[int], None] | None = None,
     ) -> PromptResult:
-        """See the function `finish`."""
-        return finish(
+        """See the function `decode_and_rank`."""
+        return decode_and_rank(
             prompt,
             image_tokens,
-            seed=seed,
             image_tokenizer=self.image_tokenizer,
             reranker=self.reranker,
             keep=keep,
@@ -342,54 +333,10 @@ class Pipeline:
         )
 
 
-def finish(
-    prompt: str,
-    image_tokens: Int[Tensor, "n gh gw"],
-    *,
-    seed: int,
-    image_tokenizer: ImageTokenizer,
-    reranker: Reranker | None = None,
-    keep: int | None = None,
-    image_prompt: ImagePrompt | None = None,
-    device: torch.device,
-    on_finished: Callable[[int], None] | None = None,
-) -> PromptResult:
-    """Pictures of one prompt's candidates: decoded, scored and ordered, the first `keep` of them.
-
-    Args:
-        prompt: What they were sampled for.
-        image_tokens: Of candidates 0 to n - 1.
-        seed: That of the run, from which each has its own.
-        image_tokenizer: Decodes them.
-        reranker: Scores them; without one they keep their order.
-        keep: At least 1; all by default.
-        image_prompt: What they were sampled from, whose pixels may be put over them.
-        device: Where the models are.
-        on_finished: Called with the number of pictures that were decoded so far, after each.
-    """
-    images, parts = [], []
-    for first in range(0, len(image_tokens), _RANKED_AT_ONCE):
-        tokens = image_tokens[first : first + _RANKED_AT_ONCE]
-        for each in tokens:
-            # One picture at a time: large pictures need little memory so, and none depends on the others.
-            decoded = image_tokenizer.decode(each[None].to(device)).cpu()
-            images.append(decoded if image_prompt is None else image_prompt.paste(decoded))
-            if on_finished:
-                on_finished(len(images))
-        if reranker:
-            parts.append(reranker.score(prompt, torch.cat(images[first:]), tokens))
-    scores = torch.cat(parts) if parts else None
-    order = (list(range(len(images))) if scores is None else best_first(scores))[:keep]
-    seeds = candidate_seeds(seed, prompt, len(images))
-    return PromptResult(
-        prompt=prompt,
-        images=torch.cat([images[i] for i in order]),
-        image_tokens=image_tokens[order],
-        candidates=order,
-        seeds=[seeds[i] for i in order],
-        scores=None if scores is None else scores[order].tolist(),
-        sampled=len(image_tokens),
-    )
+def _stored(store: CandidateStore, prompt: int) -> Int[Tensor, "n gh gw"]:
+    tokens = store.load(prompt)
+    assert tokens is not None, "there were some"
+    return tokens
 
 
 def choose_device(name: str) -> torch.device:
@@ -407,16 +354,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type to decode in: that of `fp32` or `bf16`; `auto` is bf16 on GPUs that have it.
+    """The type to decode in: that of `fp32`, `bf16` or `fp16`; `auto` is bf16 on GPUs that have it, else fp32.
 
     Raises: ValueError for another name.
     """
     if precision == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bf16 else torch.float32
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in dtypes:
-        raise ValueError(f"precision must be auto, fp32 or bf16, got {precision!r}")
+        raise ValueError(f"precision must be one of auto, {', '.join(dtypes)}, got {precision!r}")
     return dtypes[precision]
 
 

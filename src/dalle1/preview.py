@@ -38,7 +38,8 @@ class Preview:
         # Decoders look around every cell, so unknown ones would colour the last row that is known; repeated, that row
         # stays about what it becomes.
         known = torch.arange(height, device=tokens.device).clamp(max=rows - 1)
-        images = self._image_tokenizer.decode(tokens[:, known]).clone()
+        # One at a time, as large pictures take much memory.
+        images = torch.cat([self._image_tokenizer.decode(each[None, known]) for each in tokens])
         images[:, :, rows * (images.shape[2] // height) :] = _GREY
         done = f"{progress.candidates_done} of {progress.candidates} pictures done, of these {rows} of {height} rows"
         save_picture(draw_page([GridBlock(title=done, pictures=to_pictures(images))]), self._path)

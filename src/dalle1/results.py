@@ -4,6 +4,7 @@
 |---|---|
 | `manifest.json` | what the run was made from, and every picture with its seed and score |
 | `tokens/0001.npy` | image tokens of all candidates of prompt 1, so far |
+| `tokens/0001.json` | which of them are kept, and how they were chosen, once they are |
 | `0001-a-red-circle-0007.png` | candidate 7 (from 0) of prompt 1; only those that are kept have a picture |
 | `grid.png`, `index.html` | all pictures, best first |
 | `image.png`, `mask.png` | the picture that all were sampled from, and in white what of it was sampled again |
@@ -14,11 +15,9 @@ with; a run with more candidates, or ranked in another way, uses the same tokens
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -35,61 +34,28 @@ from torch import Tensor
 from dalle1.atomic_files import atomic, write_json
 from dalle1.data.sampled_picture import picture_text
 from dalle1.data.transforms import decode_image, to_pixels, to_unit_interval
+from dalle1.decode_and_rank import PromptResult
 from dalle1.evaluation.pictures import save_picture, to_pictures
 from dalle1.gallery import render_gallery
 from dalle1.picture_grid import GridBlock, draw_grids
-from dalle1.pipeline import Pipeline, PromptResult
-from dalle1.sampling.filters import SamplingConfig
+from dalle1.run_origin import RunOrigin, slug
 from dalle1.sampling.image_prompt import ImagePrompt
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 2
+_PICTURE_NAME = re.compile(r"\d{4,}-[a-z0-9-]+-\d{4,}\.png")
+_GRID_NAME = re.compile(r"grid(-\d{3,})?\.png")
 _IMAGE_NAME, _MASK_NAME, _GALLERY_NAME = "image.png", "mask.png", "index.html"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOrigin:
-    """All that decides the tokens of a run but the number of candidates, in plain types."""
+class Choice:
+    """How the kept pictures of a prompt were chosen, in plain types."""
 
-    prompts: list[str]
-    seed: int
-    sampling: dict[str, Any]
-    negative_prompt: str | None
-    image_sha256: str | None  # of the tokens of an image prompt that stay
-    dtype: str  # of decoding
-    transformer_sha256: str
-    dvae_sha256: str
-
-    @classmethod
-    def of(
-        cls,
-        pipeline: Pipeline,
-        prompts: Sequence[str],
-        *,
-        seed: int,
-        sampling: SamplingConfig,
-        negative_prompt: str | None,
-        image_prompt: ImagePrompt | None,
-        dtype: torch.dtype = torch.float32,
-    ) -> RunOrigin:
-        """The origin of what `pipeline.stream` gives for these arguments."""
-        given = None if image_prompt is None else image_prompt.given.numpy().astype("<i8").tobytes()
-        return cls(
-            prompts=list(prompts),
-            seed=seed,
-            sampling=json.loads(json.dumps(asdict(sampling))),  # tuples become the lists that JSON has
-            negative_prompt=negative_prompt,
-            image_sha256=None if given is None else hashlib.sha256(given).hexdigest(),
-            dtype=str(dtype).removeprefix("torch."),
-            transformer_sha256=pipeline.transformer.sha256,
-            dvae_sha256=pipeline.image_tokenizer.sha256,
-        )
-
-    @property
-    def name(self) -> str:
-        """A name for its directory: the prompt or how many there are, and eight digits that stand for all of it."""
-        digits = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
-        return f"{slug(self.prompts[0]) if len(self.prompts) == 1 else f'{len(self.prompts)}-prompts'}-{digits}"
+    sampled: int  # candidates that they were chosen from
+    keep: int | None
+    reranker: dict[str, Any] | None  # `Reranker.facts`
+    paste_kept: bool  # see `ImagePrompt`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +70,7 @@ class WrittenRun:
     best_score: float | None  # None without a reranker
 
     def __str__(self) -> str:
-        pictures = f"{self.n_pictures} pictures"
+        pictures = f"{self.n_pictures} picture{'s' * (self.n_pictures != 1)}"
         if self.n_sampled > self.n_pictures:
             pictures += f" of {self.n_sampled} sampled"
         if self.best_score is not None:
@@ -121,7 +87,8 @@ class SampleRun:
         self.directory = directory
         self._manifest = manifest
         self._image_prompt = image_prompt
-        self._entries: dict[int, dict[str, Any]] = {}  # of prompts that were written since
+        self.has_begun = False
+        self._entries: dict[int, dict[str, Any]] = {}  # of prompts whose pictures are there
 
     @classmethod
     def open(
@@ -140,10 +107,10 @@ class SampleRun:
         directory = Path(directory)
         if (directory / MANIFEST_NAME).is_file():
             run = cls.reopen(directory)
-            _check_origin(directory, run.origin, origin)
+            run.origin.check_equal(origin, directory)
             return cls(directory, run._manifest, image_prompt)
         # What a process left that died before its manifest was there is no reason to refuse.
-        if directory.exists() and not (directory.is_dir() and all(map(_is_left_over, directory.iterdir()))):
+        if directory.exists() and not (directory.is_dir() and all(map(_is_partial, directory.iterdir()))):
             raise FileExistsError(
                 f"out must not exist yet, be an empty directory or hold a run of the same settings, got '{directory}'; "
                 "choose another one"
@@ -154,21 +121,21 @@ class SampleRun:
             "complete": False,
             "origin": asdict(origin),
             "checkpoints": checkpoints,
-            "image_prompt": None,
-            "prompts": [],
+            "has_image_prompt": image_prompt is not None,
         }
         return cls(directory, manifest, image_prompt)
 
-    def _begin(self) -> None:
-        """Make the directory and what says whose it is; until now nothing was written."""
-        if (self.directory / MANIFEST_NAME).is_file():
+    def begin(self) -> None:
+        """Make the directory and what says whose it is, before anything else is written there; may be called again."""
+        if self.has_begun:
             return
+        self._manifest["complete"] = False
+        write_json(self.directory / MANIFEST_NAME, self._manifest)
         if self._image_prompt is not None:
-            self._manifest["image_prompt"] = {"image": _IMAGE_NAME, "mask": _MASK_NAME}
             save_picture(to_pictures(self._image_prompt.image[None])[0], self.directory / _IMAGE_NAME)
             again = Image.fromarray((~self._image_prompt.kept).numpy().astype(np.uint8) * 255)
             save_picture(again, self.directory / _MASK_NAME)
-        write_json(self.directory / MANIFEST_NAME, self._manifest)
+        self.has_begun = True
 
     @classmethod
     def reopen(cls, directory: str | Path) -> SampleRun:
@@ -184,8 +151,11 @@ class SampleRun:
             version = manifest["format_version"]
             if version == MANIFEST_VERSION:
                 RunOrigin(**manifest["origin"])
+                missing = {"created", "complete", "checkpoints", "has_image_prompt"} - set(manifest)
+                if missing:
+                    raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"'{path}' is damaged ({error}); delete its directory and sample again") from error
+            raise ValueError(f"'{path}' is damaged ({error}); restore it, or sample into another out") from error
         if version != MANIFEST_VERSION:
             raise ValueError(
                 f"'{path}' must have format version {MANIFEST_VERSION}, got {version!r}; sample again into another out"
@@ -213,9 +183,12 @@ class SampleRun:
 
         Raises: ValueError or OSError if its files are damaged or missing.
         """
-        facts, tokens = self._manifest["image_prompt"], self.load(0)
-        if self._image_prompt is not None or facts is None or tokens is None:
+        if self._image_prompt is not None or not self._manifest["has_image_prompt"]:
             return self._image_prompt
+        numbers = range(len(self.origin.prompts))
+        tokens = next((tokens for number in numbers if (tokens := self.load(number)) is not None), None)
+        if tokens is None:
+            return None
         image, mask = (decode_image((self.directory / name).read_bytes()) for name in (_IMAGE_NAME, _MASK_NAME))
         return ImagePrompt(
             image=to_unit_interval(to_pixels(image)),
@@ -234,15 +207,18 @@ class SampleRun:
             return None
         try:
             tokens = np.load(path, allow_pickle=False)
-            if tokens.ndim != 3 or not len(tokens):
+            origin = self.origin
+            if tokens.ndim != 3 or not len(tokens) or list(tokens.shape[1:]) != origin.grid:
                 raise ValueError(f"its shape is {tokens.shape}")
+            if tokens.dtype.kind not in "iu" or not 0 <= tokens.min() <= tokens.max() < origin.image_vocab_size:
+                raise ValueError(f"it holds other numbers than tokens in [0, {origin.image_vocab_size})")
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"'{path}' is damaged ({error}); delete it, and its pictures are sampled again") from error
         return torch.from_numpy(tokens.astype(np.int64))
 
     def save(self, prompt: int, image_tokens: Int[Tensor, "n gh gw"]) -> None:
         """Keep the tokens of a prompt's first candidates."""
-        self._begin()
+        self.begin()
         # No tokenizer has 2^16 codes or more in practice; where one had, they take more room.
         dtype = np.uint16 if int(image_tokens.max()) < 2**16 else np.int32
         with atomic(self._tokens_path(prompt)) as temporary, open(temporary, "wb") as file:
@@ -252,31 +228,55 @@ class SampleRun:
         return self.directory / "tokens" / f"{prompt + 1:04d}.npy"
 
     def has_written(self, prompt: int) -> bool:
-        """Whether `write` was called for it."""
+        """Whether its pictures are among those that `finish` shows."""
         return prompt in self._entries
 
     @property
     def has_pictures(self) -> bool:
-        """Whether `write` was called."""
+        """Whether those of any prompt are."""
         return bool(self._entries)
 
-    def write(self, prompt: int, result: PromptResult) -> None:
+    def find_written(self, prompt: int, choice: Choice) -> bool:
+        """Take over the pictures that an earlier call wrote, if it chose them in the same way and all are there."""
+        path = self._choice_path(prompt)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            entry = content["entry"]
+            names = [picture["file"] for picture in entry["pictures"]]
+            is_same = content["choice"] == asdict(choice) and all(map(self._is_picture, names))
+        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: they are written again
+            return False
+        if is_same:
+            self._entries[prompt] = entry
+        return is_same
+
+    def write(self, prompt: int, result: PromptResult, choice: Choice) -> None:
         """Write the pictures of a prompt."""
-        self._begin()
+        self.begin()
         pictures = []
-        scores: Sequence[float | None] = result.scores or [None] * len(result.seeds)
+        scores: Sequence[float | None] = result.scores or [None] * len(result.candidates)
         hashes = {part: facts["sha256"] for part, facts in self._manifest["checkpoints"].items()}
-        rows = zip(
-            to_pictures(result.images), result.image_tokens, result.candidates, result.seeds, scores, strict=True
-        )
-        for picture, tokens, candidate, seed, score in rows:
+        origin = self.origin
+        for image, tokens, candidate, score in zip(
+            result.images, result.image_tokens, result.candidates, scores, strict=True
+        ):
             name = f"{prompt + 1:04d}-{slug(result.prompt)}-{candidate:04d}.png"
+            picture = to_pictures(image[None])[0]
             text = picture_text(
-                tokens, prompt=result.prompt, seed=seed, candidate=candidate, score=score, hashes=hashes
+                picture,
+                tokens,
+                prompt=result.prompt,
+                seed=origin.seed,
+                candidate=candidate,
+                score=score,
+                sampling=origin.sampling | {"negative_prompt": origin.negative_prompt, "dtype": origin.dtype},
+                hashes=hashes,
             )
             save_picture(picture, self.directory / name, text=text)
-            pictures.append({"file": name, "candidate": candidate, "seed": seed, "score": score})
-        self._entries[prompt] = {"prompt": result.prompt, "sampled": result.sampled, "pictures": pictures}
+            pictures.append({"file": name, "candidate": candidate, "score": score})
+        entry = {"prompt": result.prompt, "sampled": result.sampled, "pictures": pictures}
+        write_json(self._choice_path(prompt), {"choice": asdict(choice), "entry": entry})
+        self._entries[prompt] = entry
 
     def finish(self, *, settings: Mapping[str, Any], reranker: Mapping[str, Any] | None, complete: bool) -> WrittenRun:
         """Write grids, gallery and manifest of all that was written; pictures that are no longer kept go.
@@ -286,30 +286,43 @@ class SampleRun:
             reranker: What identifies it (`Reranker.facts`).
             complete: Whether all that was asked for is there.
         """
-        before = {picture["file"] for entry in self._manifest["prompts"] for picture in entry["pictures"]}
+        self.begin()
         prompts = [self._entries[number] for number in sorted(self._entries)]
+        grids = self._write_grids(prompts)
         self._manifest |= {
             "complete": complete,
             "versions": _versions(),
             "settings": settings,
             "reranker": reranker,
+            "grids": grids,
             "prompts": prompts,
         }
-        self._manifest["grids"] = self._write_grids(prompts)
         write_json(self.directory / MANIFEST_NAME, self._manifest)
         with atomic(self.directory / _GALLERY_NAME) as temporary:
             temporary.write_text(render_gallery(self._manifest, self._open), encoding="utf-8")
-        for name in before - {picture["file"] for entry in prompts for picture in entry["pictures"]}:
-            (self.directory / name).unlink(missing_ok=True)
         pictures = [picture for entry in prompts for picture in entry["pictures"]]
+        self._sweep({*grids, *(picture["file"] for picture in pictures)})
         return WrittenRun(
-            grids=[self.directory / grid for grid in self._manifest["grids"]],
+            grids=[self.directory / grid for grid in grids],
             gallery=self.directory / _GALLERY_NAME,
             manifest=self.directory / MANIFEST_NAME,
             n_pictures=len(pictures),
             n_sampled=sum(entry["sampled"] for entry in prompts),
             best_score=max((each["score"] for each in pictures if each["score"] is not None), default=None),
         )
+
+    def _sweep(self, kept: set[str]) -> None:
+        """Remove pictures and grids of earlier calls, and nothing else: by their names here, whatever a file says."""
+        for path in self.directory.iterdir():
+            is_ours = _PICTURE_NAME.fullmatch(path.name) or _GRID_NAME.fullmatch(path.name)
+            if is_ours and path.name not in kept:
+                path.unlink(missing_ok=True)
+
+    def _choice_path(self, prompt: int) -> Path:
+        return self._tokens_path(prompt).with_suffix(".json")
+
+    def _is_picture(self, name: str) -> bool:
+        return _PICTURE_NAME.fullmatch(name) is not None and (self.directory / name).is_file()
 
     def _open(self, name: str) -> Image.Image:
         with Image.open(self.directory / name) as picture:
@@ -318,14 +331,14 @@ class SampleRun:
 
     def _write_grids(self, prompts: Sequence[dict[str, Any]]) -> list[str]:
         """Names of the pages with all pictures: `grid.png`, or numbered if one page is not enough."""
-        pages = draw_grids(self._grid_blocks(prompts))
-        names = ["grid.png"] if len(pages) == 1 else [f"grid-{number:03d}.png" for number in range(1, len(pages) + 1)]
-        for name, page in zip(names, pages, strict=True):
-            save_picture(page, self.directory / name)
-        for old in self.directory.glob("grid*.png"):
-            if old.name not in names:
-                old.unlink()
-        return names
+        names: list[str] = []
+        for number, page in enumerate(draw_grids(self._grid_blocks(prompts)), 1):
+            names.append(f"grid-{number:03d}.png")
+            save_picture(page, self.directory / names[-1])
+        if len(names) > 1:
+            return names
+        (self.directory / names[0]).replace(self.directory / "grid.png")
+        return ["grid.png"]
 
     def _grid_blocks(self, prompts: Sequence[dict[str, Any]]) -> Iterator[GridBlock]:
         """One for each prompt: its pictures, after the image prompt and what of that was kept."""
@@ -340,26 +353,12 @@ class SampleRun:
                 title=entry["prompt"],
                 pictures=[*first, *(self._open(each["file"]) for each in entry["pictures"])],
                 captions=[*first_captions, *captions] if first or any(captions) else [],
+                columns=min(8, len(first) + len(captions)) if len(prompts) > 1 else None,
             )
 
 
-def _check_origin(directory: Path, there: RunOrigin, asked: RunOrigin) -> None:
-    for name, value in asdict(there).items():
-        wanted = asdict(asked)[name]
-        if value != wanted:
-            raise FileExistsError(
-                f"out='{directory}' holds a run with {name} {_short(value)}, this one has {_short(wanted)}; "
-                "choose another out"
-            )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _is_left_over(path: Path) -> bool:
-    return path.name.endswith(".partial") or path.name in (_IMAGE_NAME, _MASK_NAME)
+def _is_partial(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def new_directory(parent: str | Path, name: str) -> Path:
@@ -369,12 +368,6 @@ def new_directory(parent: str | Path, name: str) -> Path:
     while path.exists():
         path, number = Path(parent) / f"{stem}-{number}", number + 1
     return path
-
-
-def slug(text: str, *, length: int = 40) -> str:
-    """A short name for files, of a-z, 0-9 and dashes; `prompt` if nothing of the text can be spelled so."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:length].rstrip("-") or "prompt"
 
 
 def _versions() -> dict[str, str]:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
-from dalle1.checkpoint import Loaded, load_image_tokenizer, load_transformer
-from dalle1.data.fields import require_int
+from dalle1.checkpoint import Loaded, check_pair, load_image_tokenizer, load_transformer
+from dalle1.data.fields import require_bool, require_int
 from dalle1.data.sampled_picture import read_sampled_picture
 from dalle1.data.transforms import decode_image
+from dalle1.decode_and_rank import decode_and_rank
 from dalle1.models.transformer import DalleTransformer
-from dalle1.pipeline import Pipeline, choose_device, choose_dtype, finish
+from dalle1.pipeline import Pipeline, choose_device, choose_dtype
 from dalle1.preview import Preview
 from dalle1.rerank.choose import load_reranker
 from dalle1.rerank.reranker import Reranker
-from dalle1.results import RunOrigin, SampleRun, WrittenRun
+from dalle1.results import Choice, SampleRun, WrittenRun
+from dalle1.run_origin import RunOrigin
 from dalle1.sampling.filters import SamplingConfig
 from dalle1.sampling.image_prompt import ImagePrompt
 from dalle1.sampling.progress import Progress, ProgressBar
@@ -36,6 +44,11 @@ def run(cfg: DictConfig) -> WrittenRun:
     Raises: ValueError, TypeError or OSError with one sentence for what cannot be done.
     """
     require_int("keep", 1 if cfg.keep is None else cfg.keep, at_least=1)
+    require_int("seed", cfg.seed, at_least=0)
+    for name in ("paste_kept", "compile", "rerank.allow_download"):
+        require_bool(name, OmegaConf.select(cfg, name))
+    if cfg.out == "":
+        raise ValueError("out must name a directory, got nothing; leave it out for one of its own")
     return _rank_again(cfg) if cfg.rerank.only is not None else _Sampling(cfg).run()
 
 
@@ -45,11 +58,13 @@ class _Sampling:
     def __init__(self, cfg: DictConfig) -> None:
         self._cfg = cfg
         picture = _read_picture("image", cfg.image)
-        for name in ("mask", "keep_rows", "variations"):
-            if picture is None and cfg[name] is not None:
+        for name in ("mask", "keep_rows", "variations", "paste_kept"):
+            if picture is None and cfg[name] not in (None, False):
                 raise ValueError(f"{name} says what of a picture stays, so it needs image=..., got none")
         prompts = _prompts(cfg)
         self._candidates = _candidates(cfg)
+        if cfg.keep is not None and cfg.keep > self._candidates:
+            raise ValueError(f"keep must be at most the number of candidates, {self._candidates}, got {cfg.keep}")
         sampling = _sampling_config(cfg)
         self._pipeline = _load_pipeline(cfg)
         if cfg.guidance_scale is None:
@@ -72,18 +87,24 @@ class _Sampling:
             image_prompt=image_prompt,
         )
         self._image_prompt = image_prompt
+        reranker = self._pipeline.reranker
+        self._reranker = dict(reranker.facts) if reranker else None
         self._preview = None
         if cfg.preview_every is not None:
             path = self._run.directory / "preview.png"
             self._preview = Preview(path, self._pipeline.image_tokenizer, cfg.preview_every)
         self._bar: ProgressBar | None = None
+        # What an earlier call has chosen in the same way is neither decoded nor ranked again.
+        choice = self._choice(self._candidates)
+        self._missing = [i for i in range(len(prompts)) if not self._run.find_written(i, choice)]
+        streamed = self._missing or [0]  # arguments are checked in any case
         self._results = self._pipeline.stream(
-            prompts,
+            [prompts[i] for i in streamed],
             candidates=self._candidates,
             keep=cfg.keep,
             compiled=cfg.compile,
             batch_size=cfg.batch_size,
-            store=self._run,
+            store=_Part(self._run, streamed),
             on_progress=self._on_progress,
             on_finished=self._on_finished,
             **what,
@@ -93,6 +114,7 @@ class _Sampling:
         if self._bar:
             self._bar.sampled(progress)
         if self._preview:
+            self._run.begin()
             self._preview(progress)
 
     def _on_finished(self, pictures: int) -> None:
@@ -101,10 +123,14 @@ class _Sampling:
 
     def run(self) -> WrittenRun:
         """Sample what is not there yet, and write all that is asked for."""
+        with _sigterm_as_ctrl_c():
+            return self._run_to_the_end()
+
+    def _run_to_the_end(self) -> WrittenRun:
         try:
             with ProgressBar() as self._bar:
-                for number, result in enumerate(self._results):
-                    self._run.write(number, result)
+                for number, result in zip(self._missing, self._results, strict=False):
+                    self._run.write(number, result, self._choice(result.sampled))
             return self._finish()
         except KeyboardInterrupt:
             print("interrupted: writing the pictures that are done; again to stop at once", file=sys.stderr)
@@ -113,35 +139,69 @@ class _Sampling:
                 print(f"{self._finish(complete=False)}\nthe same command goes on with the rest")
             raise
         except OSError as error:
-            done = f"what is done stays in '{self._run.directory}', and the same command goes on with the rest"
-            raise OSError(f"{error}; {done}") from error
+            directory = self._run.directory
+            if not self._run.has_begun:
+                raise OSError(f"out must be a directory that can be written to, got '{directory}' ({error})") from error
+            raise OSError(f"cannot write to '{directory}' ({error}); {self._what_stays()}") from error
+        except torch.OutOfMemoryError as error:
+            size = self._cfg.batch_size
+            reason = f"sequences decoded at once must fit into the device's memory, batch_size={size} do not"
+            raise ValueError(f"{reason}; set a smaller one: {self._what_stays()}") from error
         finally:
             if self._preview:
                 self._preview.remove()
+
+    def _what_stays(self) -> str:
+        return f"what is done stays in '{self._run.directory}', and the same command goes on with the rest"
+
+    def _choice(self, sampled: int) -> Choice:
+        paste_kept = self._image_prompt is not None and self._image_prompt.paste_kept
+        return Choice(sampled=sampled, keep=self._cfg.keep, reranker=self._reranker, paste_kept=paste_kept)
 
     def _write_partial_results(self) -> None:
         """Pictures of prompts that have some of their candidates."""
         for number, prompt in enumerate(self._run.origin.prompts):
             tokens = self._run.load(number)
             if tokens is not None and not self._run.has_written(number):
-                result = self._pipeline.finish(
-                    prompt,
-                    tokens[: self._candidates],
-                    seed=self._cfg.seed,
-                    keep=self._cfg.keep,
-                    image_prompt=self._image_prompt,
+                result = self._pipeline.decode_and_rank(
+                    prompt, tokens[: self._candidates], keep=self._cfg.keep, image_prompt=self._image_prompt
                 )
-                self._run.write(number, result)
+                self._run.write(number, result, self._choice(result.sampled))
 
     def _finish(self, *, complete: bool = True) -> WrittenRun:
-        reranker = self._pipeline.reranker
-        facts = reranker.facts if reranker else None
-        return self._run.finish(settings=self._settings, reranker=facts, complete=complete)
+        return self._run.finish(settings=self._settings, reranker=self._reranker, complete=complete)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Clusters stop their jobs with it, and what is done is worth as much then."""
+    if threading.current_thread() is not threading.main_thread():  # Python has no handlers elsewhere
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Part:
+    """The store of some of a run's prompts."""
+
+    def __init__(self, run: SampleRun, numbers: Sequence[int]) -> None:
+        self._run, self._numbers = run, numbers
+
+    def load(self, prompt: int) -> Tensor | None:
+        return self._run.load(self._numbers[prompt])
+
+    def save(self, prompt: int, image_tokens: Tensor) -> None:
+        self._run.save(self._numbers[prompt], image_tokens)
 
 
 def _rank_again(cfg: DictConfig) -> WrittenRun:
-    for name in ("prompt", "prompts_file", "image", "out"):
-        if cfg[name] is not None:
+    of_sampling = ("prompt", "prompts_file", "negative_prompt", "temperature_end", "preview_every", "out")
+    for name in (*of_sampling, "image", "mask", "keep_rows", "variations", "paste_kept"):
+        if cfg[name] not in (None, False):
             raise ValueError(f"with rerank.only, which ranks what its directory holds, leave out {name}={cfg[name]}")
     samples = SampleRun.reopen(cfg.rerank.only)
     origin, device = samples.origin, choose_device(cfg.device)
@@ -151,30 +211,42 @@ def _rank_again(cfg: DictConfig) -> WrittenRun:
             f"'{cfg.rerank.only}' was sampled with dVAE {origin.dvae_sha256[:12]}, got {image_tokenizer.sha256[:12]}; "
             "give that one as dvae=..."
         )
-    reranker = _load_reranker(cfg, lambda: load_transformer(cfg.transformer))
+
+    def transformer() -> Loaded[DalleTransformer]:
+        loaded = load_transformer(cfg.transformer)
+        check_pair(loaded, image_tokenizer)
+        return loaded
+
+    reranker = _load_reranker(cfg, transformer)
     if reranker:
         reranker.to(device)
         for prompt in origin.prompts:
             reranker.check(prompt)
-    for number, prompt in enumerate(origin.prompts):
+    is_complete, image_prompt = samples.is_complete, samples.image_prompt
+    keep = samples.settings.get("keep") if cfg.keep is None else cfg.keep
+    choice = Choice(
+        sampled=0,
+        keep=keep,
+        reranker=dict(reranker.facts) if reranker else None,
+        paste_kept=image_prompt is not None and image_prompt.paste_kept,
+    )
+    for number, prompt in enumerate(tqdm(origin.prompts, desc="ranking", unit=" prompts", disable=None)):
         tokens = samples.load(number)
         if tokens is not None:
-            result = finish(
+            result = decode_and_rank(
                 prompt,
                 tokens,
-                seed=origin.seed,
                 image_tokenizer=image_tokenizer,
                 reranker=reranker,
-                keep=cfg.keep,
-                image_prompt=samples.image_prompt,
+                keep=keep,
+                image_prompt=image_prompt,
                 device=device,
             )
-            samples.write(number, result)
+            samples.write(number, result, replace(choice, sampled=result.sampled))
     if not samples.has_pictures:
         raise ValueError(f"'{cfg.rerank.only}' must hold sampled pictures, it has none yet; sample first")
-    changed = {name: _settings(cfg)[name] for name in ("rerank", "keep")}
-    facts = reranker.facts if reranker else None
-    return samples.finish(settings=samples.settings | changed, reranker=facts, complete=samples.is_complete)
+    changed = {"rerank": _settings(cfg)["rerank"], "keep": keep}
+    return samples.finish(settings=samples.settings | changed, reranker=choice.reranker, complete=is_complete)
 
 
 def _prompts(cfg: DictConfig) -> list[str]:
@@ -243,11 +315,13 @@ def _read_picture(option: str, path: str | None) -> Image.Image | None:
     if path is None:
         return None
     try:
-        return decode_image(Path(path).read_bytes())
+        # What a mask does not cover stays: transparent is black.
+        return decode_image(Path(path).read_bytes(), "black" if option == "mask" else "white")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{option} must be a picture, there is none at '{path}'") from error
-    except ValueError as error:
-        raise ValueError(f"{option} must be a JPEG, PNG or WebP file, '{path}' cannot be read: {error}") from error
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{option} must be a JPEG, PNG or WebP file, '{path}' cannot be read: {reason}") from error
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:

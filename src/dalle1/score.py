@@ -45,6 +45,7 @@ from dalle1.tokenizers.text import TextTokenizer
 DEFAULT_TRANSFORMER = "runs/shapes/transformer/checkpoints/last.ckpt"
 DEFAULT_DVAE = "runs/shapes/dvae/checkpoints/last.ckpt"
 _MOST_SHOWN = 4  # captions of a picture that are drawn and printed
+_MOST_PRINTED = 20  # pictures
 _PANEL_SIDE = 240  # pixels; panels are enlarged to it, so that their numbers fit below them,
 _LONGEST_PANEL_SIDE = 1024  # but not if their longer side would exceed this
 _LEGEND_WIDTH = 360
@@ -75,6 +76,7 @@ class Scores:
 
     pictures: list[list[Score]]  # for each picture the scores of its captions, in the order of the captions
     failed: dict[str, str]  # source -> what is wrong with it
+    interrupted: bool = False  # by Ctrl-C, so that pictures are missing
 
     @property
     def rows(self) -> list[Score]:
@@ -124,7 +126,7 @@ def score_files(
     """Score pictures and write `<name>.png` and `<name>.npy` of each into `out`.
 
     Pictures that cannot be read, and those whose own caption is missing or too long, are told on stderr and passed
-    over.
+    over. Ctrl-C leaves those that are done.
 
     Args:
         files: Undecoded pictures.
@@ -148,8 +150,9 @@ def score_files(
     named = list(zip(unique_names(files), files, strict=True))
     pictures: list[list[Score]] = []
     failed: dict[str, str] = {}
-    with tqdm(total=len(named), unit="picture", disable=None) as bar:
-        for first in range(0, len(named), group_size):
+    interrupted = False
+    try:
+        for first in tqdm(range(0, len(named), group_size), unit=" batches", disable=None):
             group = []
             for name, file in named[first : first + group_size]:
                 try:
@@ -160,10 +163,13 @@ def score_files(
                     tqdm.write(f"cannot score '{source}': {failed[source]}", file=sys.stderr)
             if group:
                 pictures += _score(group, pipeline, out, batch_size=batch_size)
-            bar.update(min(group_size, len(named) - first))
+    except KeyboardInterrupt:
+        if not pictures:
+            raise
+        interrupted = True
     if not pictures:
         raise ValueError(f"at least one picture must be good, got {len(failed)} that cannot be scored")
-    return Scores(pictures=pictures, failed=failed)
+    return Scores(pictures=pictures, failed=failed, interrupted=interrupted)
 
 
 def _tokenizer(pipeline: Pipeline) -> TextTokenizer:
@@ -194,7 +200,10 @@ def _read(
         given = [caption], _tokenizer(pipeline).encode([caption])
     config, image_tokenizer = pipeline.transformer.model.config, pipeline.image_tokenizer
     grid, factor = (config.grid_height, config.grid_width), image_tokenizer.dvae.config.downsampling
-    image_tokens = sampled.tokens_of(image_tokenizer.sha256, grid) if sampled else None
+    image_tokens = None
+    if sampled:
+        vocab_size = image_tokenizer.vocab_size
+        image_tokens = sampled.tokens_of(image_tokenizer.sha256, grid=grid, vocab_size=vocab_size)
     if image_tokens is None:
         pixels = fit_picture(picture, grid[0] * factor, grid[1] * factor)
         image_tokens = image_tokenizer.encode(to_unit_interval(pixels)[None].to(pipeline.device))[0].cpu()
@@ -312,6 +321,7 @@ def write_scores(
         "means": scores.means(),
         "best_captions": {score.source: score.caption for score in scores.best},
         "failed": scores.failed,
+        "interrupted": scores.interrupted,
         "rows": [asdict(score) for score in scores.rows],
     }
     write_json(out / "scores.json", content)
@@ -321,7 +331,7 @@ def format_scores(scores: Scores) -> str:
     """The table that the command prints: of each picture its captions, best first, of many the best."""
     several = len(scores.pictures[0]) > 1
     rows = []
-    for picture in scores.pictures:
+    for picture in scores.pictures[:_MOST_PRINTED]:
         for place, score in enumerate(best_first(picture)[:_MOST_SHOWN]):
             numbers = [score.text_nats, score.text_nats_per_token, score.image_nats, score.image_nats_per_token]
             row = [
@@ -331,6 +341,8 @@ def format_scores(scores: Scores) -> str:
                 score.caption_gain_nats,
             ]
             rows.append([*row, score.probability])
+    if len(scores.pictures) > _MOST_PRINTED:
+        rows.append([f"... and {len(scores.pictures) - _MOST_PRINTED} more, in scores.csv", *[None] * 7])
     means = scores.means()
     columns = ("text_nats", "text_nats_per_token", "image_nats", "image_nats_per_token", "caption_gain_nats")
     label = "their best captions" if several else ""
@@ -396,6 +408,9 @@ def main() -> None:
     print(format_scores(scores))
     print(f"pictures: {out}")
     print(f"numbers:  {out / 'scores.csv'}")
+    if scores.interrupted:
+        print("interrupted: these are the pictures that were done", file=sys.stderr)
+        raise SystemExit(130)
     if scores.failed:
         raise SystemExit(1)
 

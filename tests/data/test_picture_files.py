@@ -22,6 +22,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "folder"
 
 
+def test_folder_of_a_run_has_its_pictures_and_not_their_grids(tmp_path: Path) -> None:
+    sampled = "0001-a-red-circle-0007.png"
+    for name in (sampled, "grid.png", "image.png", "mask.png", "preview.png", "mine/grid.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "manifest.json").touch()
+    assert sources(tmp_path) == [str(tmp_path / sampled), str(tmp_path / "mine" / "grid.png")]
+
+
 def sources(*patterns: str | Path) -> list[str]:
     return [file.source for file in find_pictures([str(pattern) for pattern in patterns])]
 

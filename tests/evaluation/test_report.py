@@ -14,8 +14,9 @@ import torch
 
 from dalle1.data.shapes import Scene, SceneMix, draw, phrase, sample_claim, sample_scene
 from dalle1.data.shapes_shards import ShapesRecipe, write_shapes
+from dalle1.decode_and_rank import PromptResult
 from dalle1.evaluation.report import STAGES, format_report, held_out_prompts, make_report
-from dalle1.pipeline import Pipeline, PromptResult
+from dalle1.pipeline import Pipeline
 
 
 @pytest.fixture
@@ -48,7 +49,6 @@ def scenes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Scene]:
                     images=torch.from_numpy(pair).permute(0, 3, 1, 2) / 255,
                     image_tokens=torch.zeros(2, 1, 1, dtype=torch.int64),
                     candidates=[0, 1],
-                    seeds=[0, 1],
                     scores=[0.9, 0.1],
                     sampled=2,
                 )

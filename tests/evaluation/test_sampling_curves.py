@@ -69,7 +69,7 @@ def test_curves_have_a_point_for_each_count_and_scale(curves: dict[str, Any]) ->
 
 
 def test_curves_are_shown(curves: dict[str, Any]) -> None:
-    assert draw_curves(curves).size == (900, 360)
+    assert draw_curves(curves).size == (990, 306)
     table = format_curves(curves)
     assert "best of N by ... (temperature 1, guidance 1)" in table
     assert "caption likelihood" in table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,10 +34,20 @@ def test_half_of_the_free_memory_is_filled(
 ) -> None:
     config = make_transformer().config
     each = rows * bytes_per_row(config, torch.float32)
-    for free, expected in ((2 * each * 7, 7), (2 * each * 7 - 1, 6), (0, 1), (10**12, 64)):
+    for free, expected in ((2 * each * 9, 8), (2 * each * 8, 8), (2 * each * 8 - 1, 4), (0, 1), (10**12, 64)):
         monkeypatch.setattr(batch_size, "free_memory", lambda device, free=free: free)
         assert auto_batch_size(config, device=CPU, dtype=torch.float32, guided=guided) == expected
 
 
-def test_free_memory_is_that_of_the_machine() -> None:
-    assert 2**20 < free_memory(CPU) < 2**50
+def test_free_memory_is_that_of_the_machine_or_of_its_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_size, "_CONTROL_GROUP", tmp_path)
+    machine = free_memory(CPU)
+    assert 2**20 < machine < 2**50
+    (tmp_path / "memory.current").write_text("300\n")
+    for limit, expected in (("1000\n", 700), ("200\n", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert free_memory(CPU) == expected
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(CPU) > 2**20

@@ -61,7 +61,7 @@ def test_grey_is_white_above_the_middle() -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (_mask((3, 4)), "mask must have the size of its picture, 40 x 30, 16 x 12, 4 x 3 pixels, got 3 x 4"),
+        (_mask((3, 4)), "mask must have the size of its picture, 40 x 30 or 16 x 12 or 4 x 3 pixels, got 3 x 4"),
         (_mask((4, 3)), "it is black everywhere"),
         (Image.new("L", (40, 30), 255), "it is white everywhere"),
     ],

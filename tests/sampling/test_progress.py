@@ -30,39 +30,27 @@ def _progress(tokens_done: int, candidates_done: int, *, known: int = 0) -> Prog
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_bar_shows_tokens_and_pictures_on_terminals_only(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+def test_bars_show_tokens_and_pictures_on_terminals_only(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
     stream = _Terminal() if is_terminal else io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
     with ProgressBar() as bar:
         bar.sampled(_progress(8, 0))
         bar.sampled(_progress(24, 3))
-        bar.finished(2)
+        bar.finished(1)
+        bar.finished(3)
     if is_terminal:
         assert "24/24" in stream.getvalue()
-        assert "3/3 pictures, 2 decoded" in stream.getvalue()
+        assert "3/3 pictures" in stream.getvalue()
         assert " tokens/s" in stream.getvalue()
+        assert "decoding: 100%" in stream.getvalue()
     else:
         assert stream.getvalue() == ""
 
 
 def test_speed_counts_only_what_was_sampled_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    bars = []
-
-    class Bar:
-        n = initial = 0
-
-        def __init__(self, **options: object) -> None:
-            bars.append(self)
-
-        def close(self) -> None: ...
-
-        def set_postfix_str(self, text: str, *, refresh: bool) -> None: ...
-
-        def update(self, count: int) -> None:
-            self.n += count
-
-    monkeypatch.setattr("dalle1.sampling.progress.tqdm", Bar)
+    monkeypatch.setattr("sys.stderr", _Terminal())
     with ProgressBar() as bar:
         bar.sampled(_progress(20, 2, known=16))
         bar.sampled(_progress(24, 3, known=16))
-    assert (bars[0].initial, bars[0].n) == (16, 24)
+        assert bar._tokens is not None
+        assert (bar._tokens.initial, bar._tokens.n, bar._tokens.total) == (16, 24, 24)

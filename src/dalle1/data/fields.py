@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def require_bool(name: str, value: object) -> None:
+    """Refuse any value that is not true or false. Raises: TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
+
+
 def require_int(name: str, value: object, *, at_least: int) -> None:
     """Refuse any value that is not a whole number of at least `at_least`.
 

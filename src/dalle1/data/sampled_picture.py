@@ -1,19 +1,21 @@
-"""What travels in the file of a sampled picture: prompt, seed, hashes of the weights, and its image tokens."""
+"""What travels in the file of a sampled picture: what it was made from, and its image tokens."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-_TOKENS_KEY = "image_tokens"
+_TOKENS_KEY, _PIXELS_KEY = "image_tokens", "pixels_sha256"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,54 +24,72 @@ class SampledPicture:
 
     prompt: str
     dvae_sha256: str  # whose tokens they are
-    image_tokens: Int[Tensor, "gh gw"] | None  # int64; None if the file has none that can be read
+    image_tokens: Int[Tensor, "gh gw"] | None  # int64; None if the file has none, or its pixels are no longer theirs
 
-    def tokens_of(self, dvae_sha256: str, grid: tuple[int, int]) -> Int[Tensor, "gh gw"] | None:
+    def tokens_of(self, dvae_sha256: str, *, grid: tuple[int, int], vocab_size: int) -> Int[Tensor, "gh gw"] | None:
         """Its tokens, if they are those of this dVAE and of this grid."""
-        if self.image_tokens is None or self.dvae_sha256 != dvae_sha256 or self.image_tokens.shape != grid:
+        tokens = self.image_tokens
+        if tokens is None or self.dvae_sha256 != dvae_sha256 or tokens.shape != grid or int(tokens.max()) >= vocab_size:
             return None
-        return self.image_tokens
+        return tokens
 
 
 def picture_text(
+    picture: Image.Image,
     image_tokens: Int[Tensor, "gh gw"],
     *,
     prompt: str,
     seed: int,
     candidate: int,
     score: float | None,
+    sampling: Mapping[str, Any],
     hashes: Mapping[str, str],
 ) -> dict[str, str]:
-    """Texts for a PNG. `hashes` are those of `transformer` and `dvae`."""
-    text = {"prompt": prompt, "seed": str(seed), "candidate": str(candidate)}
+    """Texts for a picture's PNG: prompt, seed of the run, number of the candidate and settings give it again.
+
+    `hashes` are those of the weights of `transformer` and `dvae`.
+    """
+    text = {"prompt": prompt, "seed": str(seed), "candidate": str(candidate), "sampling": _compact(sampling)}
     if score is not None:
         text["score"] = f"{score:.6f}"
     text |= {f"{part}_sha256": sha256 for part, sha256 in hashes.items()}
-    return text | {_TOKENS_KEY: json.dumps(image_tokens.tolist(), separators=(",", ":"))}
+    return text | {_TOKENS_KEY: _compact(image_tokens.tolist()), _PIXELS_KEY: _hash_pixels(picture)}
 
 
 def read_sampled_picture(data: bytes) -> SampledPicture | None:
-    """What the bytes of a picture's file say of its origin; None if it was not sampled by this program."""
+    """What the bytes of a picture's file say of its origin; None if it was not sampled by this program.
+
+    Other programs that crop or paint a picture keep its texts: its tokens count only if every pixel is as it was.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 info = dict(image.info)
+                is_unchanged = info.get(_PIXELS_KEY) == _hash_pixels(image)
     except Exception:  # no PNG, or whatever its reader stumbles over
         return None
     # Other programs keep other things under `prompt`.
     prompt, dvae_sha256 = info.get("prompt"), info.get("dvae_sha256")
     if not isinstance(prompt, str) or not isinstance(dvae_sha256, str):
         return None
-    return SampledPicture(
-        prompt=prompt.strip(), dvae_sha256=dvae_sha256, image_tokens=_parse_tokens(info.get(_TOKENS_KEY))
-    )
+    tokens = _parse_tokens(info.get(_TOKENS_KEY)) if is_unchanged else None
+    return SampledPicture(prompt=prompt.strip(), dvae_sha256=dvae_sha256, image_tokens=tokens)
 
 
 def _parse_tokens(text: object) -> Int[Tensor, "gh gw"] | None:
     try:
         rows = json.loads(text) if isinstance(text, str) else None
-        tokens = torch.tensor(rows, dtype=torch.int64)
-    except (ValueError, TypeError, RuntimeError, RecursionError):  # a text that somebody changed
+        tokens = torch.tensor(rows)
+    except (ValueError, TypeError, RuntimeError, RecursionError, OverflowError):  # a text that somebody changed
         return None
-    return tokens if tokens.ndim == 2 and tokens.numel() and int(tokens.min()) >= 0 else None
+    is_grid = tokens.dtype == torch.int64 and tokens.ndim == 2 and tokens.numel() > 0
+    return tokens if is_grid and int(tokens.min()) >= 0 else None
+
+
+def _hash_pixels(picture: Image.Image) -> str:
+    return hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
+
+
+def _compact(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"))

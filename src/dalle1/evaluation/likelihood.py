@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -51,7 +52,7 @@ def token_nats(
     transformer.eval()
     try:
         parts = [
-            _nats(transformer, text, image.flatten(1))
+            _nats(transformer, text, image.flatten(1), batch_size)
             for text, image in zip(
                 torch.split(text_tokens, batch_size), torch.split(image_tokens, batch_size), strict=True
             )
@@ -69,14 +70,19 @@ def told_tokens(text_tokens: Int[Tensor, "b t"], text_vocab_size: int) -> Bool[T
     return torch.cat([torch.ones_like(is_word[:, :1]), is_word[:, :-1]], dim=1)
 
 
-def _nats(transformer: DalleTransformer, text: Int[Tensor, "b t"], image: Int[Tensor, "b n"]) -> tuple[Tensor, Tensor]:
+def _nats(
+    transformer: DalleTransformer, text: Int[Tensor, "b t"], image: Int[Tensor, "b n"], batch_size: int
+) -> tuple[Tensor, Tensor]:
     """Nats of text tokens (b, t) and image tokens (b, n) of one batch, float32 on the CPU."""
-    device = transformer.start.device
+    device, rows = transformer.start.device, len(text)
     text, image = text.to(device), image.to(device)
+    if device.type == "cuda":
+        # FlexAttention is compiled for each number of rows.
+        text, image = (F.pad(tokens, (0, 0, 0, batch_size - rows)) for tokens in (text, image))
     # Their weighted sum is for training; here it is not used.
     weights = {
         "text_weights": torch.ones(text.shape, device=device),
         "image_weights": torch.ones(image.shape, device=device),
     }
     losses = transformer.losses(text, image, **weights)
-    return losses.text_nats.float().cpu(), losses.image_nats.float().cpu()
+    return losses.text_nats[:rows].float().cpu(), losses.image_nats[:rows].float().cpu()

@@ -22,10 +22,11 @@ from dalle1.atomic_files import atomic, write_json
 from dalle1.cli import errors_in_one_line
 from dalle1.data.fields import require_int
 from dalle1.data.shards import ShardIndex
+from dalle1.decode_and_rank import PromptResult
 from dalle1.evaluation.pictures import save_picture, to_pictures, to_uint8
 from dalle1.evaluation.shapes_scorer import Score, score, summarize
 from dalle1.picture_grid import GridBlock, draw_page
-from dalle1.pipeline import Pipeline, PromptResult, choose_device
+from dalle1.pipeline import Pipeline, choose_device
 from dalle1.rerank.own_clip import CLIPReranker
 from dalle1.sampling.filters import SamplingConfig
 from dalle1.sampling.progress import ProgressBar

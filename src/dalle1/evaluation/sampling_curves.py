@@ -25,10 +25,11 @@ from dalle1.atomic_files import write_json
 from dalle1.checkpoint import load_image_tokenizer, load_transformer
 from dalle1.cli import errors_in_one_line
 from dalle1.data.fields import require_int
+from dalle1.decode_and_rank import PromptResult
 from dalle1.evaluation.pictures import save_picture, to_uint8
 from dalle1.evaluation.report import held_out_prompts
 from dalle1.evaluation.shapes_scorer import score
-from dalle1.pipeline import Pipeline, PromptResult, choose_device
+from dalle1.pipeline import Pipeline, choose_device
 from dalle1.rerank.likelihood import LikelihoodReranker
 from dalle1.rerank.own_clip import CLIPReranker
 from dalle1.rerank.reranker import Reranker
@@ -159,35 +160,38 @@ def _right(result: PromptResult) -> list[bool]:
 
 
 def draw_curves(curves: dict[str, Any]) -> Image.Image:
-    """Both curves beside one another, with two standard errors as bands."""
+    """A plot for each setting of the best of N, and one for guidance, with two standard errors as bands."""
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    colors = {name: f"C{i}" for i, name in enumerate(next(iter(curves["best_of"].values())))}
-    for style, (setting, lines) in zip(("-", "--"), curves["best_of"].items(), strict=True):
+    figure = matplotlib.figure.Figure(figsize=(11, 3.4), dpi=90, layout="constrained")
+    *best, guided = figure.subplots(1, len(curves["best_of"]) + 1, sharey=True)
+    for axes, (setting, lines) in zip(best, curves["best_of"].items(), strict=True):
         for name, points in lines.items():
-            _draw_line(left, points, "n", label=f"{name}, {setting}", style=style, color=colors[name])
-    left.set_xscale("log", base=2)
-    left.xaxis.set_major_formatter("{x:g}")
-    left.set(xlabel="candidates, of which the best is taken", ylabel="prompts that are right")
-    for style, (setting, points) in zip(("-", "--"), curves["guidance"].items(), strict=True):
-        _draw_line(right, points, "guidance_scale", label=f"one sample, {setting}", style=style, color="C4")
-    right.set(xlabel="guidance scale")
-    for axes in (left, right):
+            _draw_line(axes, points, "n", label=name)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel="candidates, of which the best is taken")
+        axes.set_title(setting, fontsize=9)
+    best[0].set_ylabel("prompts that are right")
+    for setting, points in curves["guidance"].items():
+        _draw_line(guided, points, "guidance_scale", label=setting)
+    guided.set(xlabel="guidance scale", ylim=(0, 1))
+    guided.set_title("one sample", fontsize=9)
+    for axes in (*best, guided):
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6.5, frameon=False)
+        axes.legend(fontsize=8, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer)
 
 
-def _draw_line(axes: Any, points: Sequence[dict[str, float]], x: str, *, label: str, style: str, color: str) -> None:
+def _draw_line(axes: Any, points: Sequence[dict[str, float]], x: str, *, label: str) -> None:
     places = [point[x] for point in points]
     values, errors = (np.array([point[name] for point in points]) for name in ("accuracy", "standard_error"))
-    axes.plot(places, values, style, label=label, color=color, marker=".")
-    axes.fill_between(places, values - 2 * errors, values + 2 * errors, color=color, alpha=0.12, linewidth=0)
+    (line,) = axes.plot(places, values, label=label, marker=".")
+    low, high = (values - 2 * errors).clip(0, 1), (values + 2 * errors).clip(0, 1)
+    axes.fill_between(places, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
 
 
 def format_curves(curves: dict[str, Any]) -> str:
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--shards", default="data/shapes/test-*.tar", help="captions to use as prompts")
     parser.add_argument("--prompts", type=int, default=200, help="how many of them")
     parser.add_argument("--candidates", type=int, default=128, help="samples per prompt")
+    parser.add_argument("--out", type=Path, help="directory to write to (by default report/ of the results)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -229,7 +234,8 @@ def main() -> None:
     clip.to(device)
     pipeline = Pipeline(transformer, image_tokenizer).to(device)
     curves = make_curves(pipeline, rerankers, prompts, candidates=options.candidates, seed=options.seed)
-    numbers, picture = (options.results / "report" / f"sampling_curves.{ending}" for ending in ("json", "png"))
+    out = options.out or options.results / "report"
+    numbers, picture = (out / f"sampling_curves.{ending}" for ending in ("json", "png"))
     write_json(numbers, curves)
     save_picture(draw_curves(curves), picture)
     print(f"{format_curves(curves)}\n\npicture: {picture}\nnumbers: {numbers}")

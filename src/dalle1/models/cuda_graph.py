@@ -25,6 +25,10 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
+class NotRecordedError(RuntimeError):
+    """PyTorch could not record a function that it can execute."""
+
+
 class CudaGraph:
     """What a function did when it was recorded, to be done again in the same memory."""
 
@@ -34,7 +38,7 @@ class CudaGraph:
         It must wait for nothing, allocate nothing that outlives it but its result, and be allowed to be called again.
         The tensors that it reads and writes must live as long as this.
 
-        Raises: RuntimeError if PyTorch cannot record it.
+        Raises: NotRecordedError if PyTorch cannot record it; what `function` raises without recording.
         """
         with torch.cuda.device(device):
             side, current = _side_stream(device), torch.cuda.current_stream(device)
@@ -46,8 +50,13 @@ class CudaGraph:
                     function()
                 current.wait_stream(side)
                 # Other threads may go on, such as one that pins memory for training.
-                with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
-                    self._result = function()
+                try:
+                    with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                        self._result = function()
+                except torch.OutOfMemoryError:
+                    raise  # there is no more of it without a graph
+                except RuntimeError as error:
+                    raise NotRecordedError(str(error).partition("\n")[0]) from error
 
     def replay(self) -> Tensor:
         """Do it again; its result, which the next call overwrites."""
@@ -61,9 +70,6 @@ def try_to_record(function: Callable[[], Tensor], device: torch.device) -> CudaG
         return None
     try:
         return CudaGraph(function, device)
-    except torch.OutOfMemoryError:
-        raise  # there is no more of it without a graph
-    except RuntimeError as error:
-        first_line = str(error).partition("\n")[0]
-        logger.warning("decoding goes on without a CUDA graph, which is slower: %s", first_line)
+    except NotRecordedError as error:
+        logger.warning("decoding goes on without a CUDA graph, which is slower: %s", error)
         return None

@@ -34,6 +34,8 @@ def load_reranker(
     """
     if kind not in get_args(Kind):
         raise ValueError(f"rerank must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if model is not None and kind not in ("clip", "hf_clip"):
+        raise ValueError(f"rerank={kind} takes no model, got rerank.model={model}; leave it out")
     if kind == "none":
         return None
     if kind == "caption_likelihood":
@@ -41,5 +43,5 @@ def load_reranker(
     if kind == "image_likelihood":
         return LikelihoodReranker(load_transformer(), of="image")
     if model is None:
-        raise ValueError(f"rerank={kind} needs a model, got none; give rerank.model=...")
+        raise ValueError(f"rerank={kind} needs a model, got none; give a directory or a name as rerank.model=...")
     return CLIPReranker.load(model) if kind == "clip" else HFCLIPReranker.load(model, allow_download=allow_download)

@@ -1,6 +1,6 @@
 """Which codes stay possible at a sampling step, and how sharp their distribution is; pure functions of logits.
 
-Shapes: b sequences, v image vocabulary. A code that is ruled out has the logit -inf.
+Shapes: b sequences, v image vocabulary. Logits have 32 or 64 bits; a code that is ruled out has the logit -inf.
 """
 
 import math
@@ -99,7 +99,7 @@ def keep_top_k(logits: Float[Tensor, "b v"], top_k: int) -> Float[Tensor, "b v"]
     """Exactly the `top_k` largest logits of each row, the lower code first among equals; all of them for 0."""
     if not 0 < top_k < logits.shape[-1]:
         return logits
-    return _keep_largest(logits, _kth_largest(logits, top_k), torch.tensor(top_k, device=logits.device))
+    return _keep_largest(logits, _kth_largest(logits, top_k), top_k)
 
 
 def keep_top_p(logits: Float[Tensor, "b v"], top_p: float) -> Float[Tensor, "b v"]:
@@ -117,7 +117,7 @@ def keep_top_p(logits: Float[Tensor, "b v"], top_p: float) -> Float[Tensor, "b v
 
 
 def _keep_largest(
-    logits: Float[Tensor, "b v"], smallest: Float[Tensor, "b 1"], count: Int[Tensor, "*b"]
+    logits: Float[Tensor, "b v"], smallest: Float[Tensor, "b 1"], count: int | Int[Tensor, "b 1"]
 ) -> Float[Tensor, "b v"]:
     """The `count` largest of each row, of which the last is `smallest`: of those that equal it the first ones."""
     kept = logits >= smallest

@@ -77,7 +77,7 @@ def kept_outside(
     height, width = grid
     sizes = (picture_size, (width * cell, height * cell), (width, height))
     if mask.size not in sizes:
-        allowed = ", ".join(f"{w} x {h}" for w, h in dict.fromkeys(sizes))
+        allowed = " or ".join(f"{w} x {h}" for w, h in dict.fromkeys(sizes))
         raise ValueError(f"mask must have the size of its picture, {allowed} pixels, got {mask.width} x {mask.height}")
     seen = mask.convert("L").crop(crop_box(mask.size, height, width))
     lightest = F.adaptive_max_pool2d(torch.from_numpy(np.array(seen, dtype=np.float32))[None], (height, width))[0]

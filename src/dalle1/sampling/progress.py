@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -23,30 +24,40 @@ class Progress:
 
 
 class ProgressBar:
-    """A bar on stderr with tokens per second, time left and pictures done; hidden if stderr is no terminal."""
+    """Bars on stderr, hidden if it is no terminal: tokens per second, time left, pictures sampled; pictures decoded."""
 
     def __init__(self) -> None:
         """Show nothing yet."""
-        self._bar = tqdm(desc="sampling", unit=" tokens", disable=None)
-        self._sampled = ""
+        self._tokens: tqdm[NoReturn] | None = None
+        self._pictures: tqdm[NoReturn] | None = None
+        self._candidates: int | None = None
 
     def __enter__(self) -> ProgressBar:
         """Itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
+        """Leave the bars as they are."""
+        for bar in (self._pictures, self._tokens):
+            if bar is not None:
+                bar.close()
 
     def sampled(self, progress: Progress) -> None:
         """Show how far sampling is."""
-        self._bar.total = progress.tokens
-        if self._bar.n == 0:
-            self._bar.initial = self._bar.n = progress.tokens_known  # they took no time
-        self._sampled = f"{progress.candidates_done}/{progress.candidates} pictures"
-        self._bar.set_postfix_str(self._sampled, refresh=False)
-        self._bar.update(progress.tokens_done - self._bar.n)
+        if self._tokens is None:
+            # What an earlier call sampled took no time.
+            known = progress.tokens_known
+            self._tokens = tqdm(
+                desc="sampling", total=progress.tokens, initial=known, unit=" tokens", disable=None, position=0
+            )
+            self._tokens.n = known
+        self._candidates = progress.candidates
+        done = f"{progress.candidates_done}/{progress.candidates} pictures"
+        self._tokens.set_postfix_str(done, refresh=False)
+        self._tokens.update(progress.tokens_done - self._tokens.n)
 
     def finished(self, pictures: int) -> None:
         """Show how many pictures were decoded, and ranked if they are."""
-        self._bar.set_postfix_str(f"{self._sampled}, {pictures} decoded".removeprefix(", "))
+        if self._pictures is None:
+            self._pictures = tqdm(desc="decoding", total=self._candidates, unit=" pictures", disable=None, position=1)
+        self._pictures.update(pictures - self._pictures.n)

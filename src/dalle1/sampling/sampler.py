@@ -78,9 +78,9 @@ class Sampler:
         self._config, self._temperatures = config, config.temperatures(*self._grid)
         self._vocab_size = transformer.config.image_vocab_size
         self._decoder = Decoder(transformer, dtype=dtype, compiled=compiled)
-        self._untold: TextStates | None = None
+        self._unconditional: TextStates | None = None
         if config.guidance_scale != 1:
-            self._untold = self._decoder.prefill(transformer.empty_text() if negative is None else negative)
+            self._unconditional = self._decoder.prefill(transformer.empty_text() if negative is None else negative)
 
     def blocks(
         self,
@@ -97,12 +97,12 @@ class Sampler:
             text_tokens: Padded prompts, as the text tokenizer gives them, on the transformer's device.
             seeds: One list per prompt with one seed per candidate, all lists of the same length.
             given: Image tokens that stay as they are, -1 where a token is to be sampled.
-            batch_size: Sequences decoded at once, twice as many rows with guidance; time and memory depend on it, the
-                tokens do not.
+            batch_size: Sequences decoded at once, twice as many rows with guidance; time and memory depend on it, and
+                on a GPU the last bits of logits.
             on_step: Called after each step.
 
         Raises: ValueError at once if the seeds do not fit the prompts, there are none, `batch_size` is below 1, or
-            `given` does not fit the rest.
+            `given` does not fit the rest; and later if logits are not finite.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -166,24 +166,27 @@ class Sampler:
                 tokens[:, position] = column
                 if on_step:
                     on_step(block, position + 1)
+            _check_finite(decoding.logits)
             yield block
 
     def _decoding(self, texts: list[TextStates], candidates: int) -> Decoding:
         """With guidance every sequence is there a second time, without its caption, after all the others."""
         groups = [(texts, candidates)]
-        if self._untold is not None:
-            groups.append(([self._untold], len(texts) * candidates))
+        if self._unconditional is not None:
+            groups.append(([self._unconditional], len(texts) * candidates))
         return Decoding(self._decoder, groups)
 
     def _begin(self, texts: list[TextStates], tokens: Int[Tensor, "p s"]) -> Decoding:
         """What all candidates of each prompt have in common, decoded once."""
         decoding = self._decoding(texts, 1)
         for column in tokens.T.contiguous():
-            decoding.step(column if self._untold is None else column.repeat(2))
+            decoding.step(column if self._unconditional is None else column.repeat(2))
         return decoding
 
     def _prefill(self, text_tokens: Int[Tensor, "p t"], prompt: int) -> TextStates:
-        return self._decoder.prefill(text_tokens[prompt : prompt + 1])
+        text = self._decoder.prefill(text_tokens[prompt : prompt + 1])
+        _check_finite(text.logits)
+        return text
 
     def _decode(
         self, decoding: Decoding, uniforms: Float[Tensor, "b n"], given: Int[Tensor, "b n"], first: int
@@ -192,7 +195,7 @@ class Sampler:
 
         With guidance logits are guided away from those of the second half of the rows.
         """
-        guided = self._untold is not None
+        guided = self._unconditional is not None
         # Apple's GPUs have no float64: there the codes are drawn on the CPU.
         device = decoding.logits.device
         drawing = torch.device("cpu") if device.type == "mps" else device
@@ -248,6 +251,14 @@ def _shared_length(given: Int[Tensor, "p n"]) -> int:
     return max(0, min(int(free[0]) if len(free) else length, length - 2))
 
 
+def _check_finite(logits: Tensor) -> None:
+    if not bool(logits.isfinite().all()):
+        raise ValueError(
+            f"logits must be finite numbers, they are not in {str(logits.dtype).removeprefix('torch.')}: the "
+            "transformer's weights are damaged, or too large for the precision"
+        )
+
+
 def _uniforms(seeds: Sequence[int], length: int) -> Float[Tensor, "b n"]:
     """Random numbers in [0, 1), float64: row i is the stream of seeds[i], the same on every device."""
     streams = (torch.Generator().manual_seed(seed) for seed in seeds)
@@ -259,4 +270,5 @@ def draw_codes(logits: Float[Tensor, "b v"], uniforms: Float[Tensor, " b"]) -> I
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     # Divided by its last value, the end is exactly 1: every number below 1 finds a code that is possible.
     cumulative = cumulative / cumulative[:, -1:]
-    return torch.searchsorted(cumulative, uniforms[:, None], right=True)[:, 0]
+    codes = torch.searchsorted(cumulative, uniforms[:, None], right=True)[:, 0]
+    return codes.clamp(max=logits.shape[-1] - 1)  # only of rows that are not finite
