@@ -148,13 +148,16 @@ def test_another_process_may_fill_the_same_store(pipeline: Pipeline) -> None:
 
     def other(progress: Progress) -> None:
         # Ahead of this one, in batches of other sizes.
-        if progress.tokens_done == 12:
-            store.save(0, expected[:3])
-        if progress.tokens_done == 4 * 12:
-            store.save(0, expected[:5])
+        done = progress.tokens_done // 12
+        if progress.tokens_done % 12 == 0 and done < 5:
+            store.save(0, expected[: done + 1])
 
     result = pipeline(["a"], candidates=6, batch_size=2, store=store, on_progress=other)[0]
     assert torch.equal(result.image_tokens, expected)
+    # One that begins with some, and finds more when it comes to them.
+    store.save(0, expected[:1])
+    results = pipeline.stream(["a"], candidates=6, batch_size=2, store=store, on_progress=other)
+    assert torch.equal(next(results).image_tokens, expected)
 
 
 def test_decoding_of_pictures_is_counted_over_all_prompts(

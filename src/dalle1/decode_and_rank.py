@@ -66,7 +66,7 @@ def decode_and_rank(
             if on_finished:
                 on_finished(first + sum(map(len, decoded)))
         part = torch.cat(decoded) if image_prompt is None else image_prompt.paste(torch.cat(decoded))
-        images |= {first + i: image for i, image in enumerate(torch.split(part, 1))}
+        images |= {first + i: image.clone() for i, image in enumerate(torch.split(part, 1))}
         # Without a score candidates keep their order.
         new = reranker.score(prompt, part, tokens) if reranker else torch.zeros(len(tokens))
         if not bool(new.isfinite().all()):
@@ -74,7 +74,7 @@ def decode_and_rank(
         scores = torch.cat([scores, new])
         order = best_first(scores)[:keep]
         # Of 512 candidates and 32 to keep, few pictures are in memory.
-        images = {i: images[i].clone() for i in order}
+        images = {i: images[i] for i in order}
     return PromptResult(
         prompt=prompt,
         images=torch.cat([images[i] for i in order]),

@@ -222,9 +222,8 @@ class Pipeline:
             raise ValueError(f"compiled decoding is for CUDA, got device {self.device}; leave out compile")
         negative = None
         if negative_prompt is not None:
-            negative = self._text_tokenizer.encode(self.check_prompts([negative_prompt], name="negative_prompt")).to(
-                self.device
-            )
+            texts = self.check_prompts([negative_prompt], name="negative_prompt")
+            negative = self._text_tokenizer.encode(texts).to(self.device)
         return Sampler(self.transformer.model, sampling, negative=negative, dtype=dtype, compiled=compiled)
 
     @property
@@ -291,7 +290,7 @@ class Pipeline:
             given = None
             if image_prompt is not None:
                 given = image_prompt.given.to(self.device).expand(len(numbers), -1, -1)
-            grown = {i: _stored(store, i) for i in numbers} if n_known else {}
+            grown: dict[int, Tensor] = {}
             blocks = sampler.blocks(
                 text,
                 seeds=[seeds[i][n_known:] for i in numbers],
@@ -303,9 +302,11 @@ class Pipeline:
                 done += len(block.prompts) * len(block.candidates)
                 for i, tokens in zip(block.prompts, block.image_tokens.cpu(), strict=True):
                     number = numbers[i]
+                    if number not in grown and n_known:
+                        # Not all of them: another process may have added some by now.
+                        grown[number] = _stored(store, number)[:n_known]
                     grown[number] = torch.cat([grown[number], tokens]) if number in grown else tokens
                     stored = store.load(number)
-                    # Another process may have stored the same by now, and more.
                     if stored is None or len(stored) < len(grown[number]):
                         store.save(number, grown[number])
                 if n_known + block.candidates.stop == n_candidates:

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate, pad
 
 FILE_NAME = "preprocessor_config.json"
 _PROCESSOR_FILE_NAME = "processor_config.json"  # of tokenizer and pictures in one, as newer releases have it
+_LARGEST_SIDE = 4096  # pixels, far beyond any model's; a file must not make us take all memory
 # Pillow's numbers of its filters.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 
@@ -123,12 +124,14 @@ def _size(size: Any, name: str) -> int | tuple[int, int]:
         size = dict(zip(("height", "width"), size, strict=True))
     named = size if isinstance(size, dict) else {"shortest_edge": size}
     named = {key: number for key, number in named.items() if number is not None}
-    if all(isinstance(number, int) and number > 0 for number in named.values()):
+    if all(isinstance(number, int) and 0 < number <= _LARGEST_SIDE for number in named.values()):
         if named.keys() == {"shortest_edge"}:
             return int(named["shortest_edge"])
         if named.keys() == {"height", "width"}:
             return named["height"], named["width"]
-    raise ValueError(f"must give {name} as a height and width or as a shortest_edge, in pixels, got {size!r}")
+    raise ValueError(
+        f"must give {name} as a height and width or as a shortest_edge, up to {_LARGEST_SIDE}, got {size!r}"
+    )
 
 
 def _area(size: Any, name: str) -> tuple[int, int]:
