@@ -101,6 +101,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no preprocessing": (_lacks("preprocessor_config.json"), FileNotFoundError, "must have a preprocessor_config.json"),
     "cut preprocessing": (lambda d: _cut(d / "preprocessor_config.json"), ValueError, "is no JSON"),
     "no size": (_pictures(size=None), ValueError, "must give size as a height and width .* got None"),
+    "huge size": (_pictures(size={"height": 10**5, "width": 10**5}), ValueError, "as a shortest_edge, up to 4096, got"),
     "odd size": (_pictures(size={"longest_edge": 9}), ValueError, "must give size as a height and width"),
     "no crop": (_pictures(crop_size=-3), ValueError, "must give crop_size as a height and width .* got -3"),
     "nearest": (_pictures(resample=0), ValueError, r"resample=2 \(bilinear\) or 3 \(bicubic\), got 0; choose another"),
