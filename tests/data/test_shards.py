@@ -23,6 +23,23 @@ def test_expand_sorts_the_matches_of_a_glob_and_keeps_the_order_of_a_list(tmp_pa
     assert expand_shards([literal, f"{tmp_path}/[ab].tar"]) == [literal, f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"]
 
 
+def test_expand_takes_braces_as_a_shell_does(tmp_path: Path) -> None:
+    names = [*(f"a-{number:03d}.tar" for number in range(8, 12)), "b.tar", "c.tar", "{0..1}.tar", "{.tar"]
+    for name in names:
+        (tmp_path / name).touch()
+
+    def expanded(*patterns: str) -> list[str]:
+        return [Path(shard).name for shard in expand_shards([f"{tmp_path}/{pattern}" for pattern in patterns])]
+
+    assert expanded("a-{008..011}.tar", "{c,b}.tar") == [*names[:4], "c.tar", "b.tar"]
+    assert expanded("a-{00,01}*.tar") == names[:4]
+    assert expanded("{0..1}.tar", "{.tar") == ["{0..1}.tar", "{.tar"], "files of these very names go first"
+    with pytest.raises(FileNotFoundError, match=r"no shards match '.*a-012\.tar'"):
+        expanded("a-{011..013}.tar")
+    with pytest.raises(ValueError, match=r"shards must have as many \{ as \} in their name, got '.*\{0\.\.2\.tar'"):
+        expanded("{0..2.tar")
+
+
 @pytest.mark.parametrize("address", ["pipe:cat x.tar", "https://example.org/x.tar", "s3://bucket/x.tar"])
 def test_expand_refuses_pipes_and_addresses(address: str) -> None:
     with pytest.raises(ValueError, match=f"must be local tar files, got '{address}'"):

@@ -19,6 +19,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+from braceexpand import braceexpand
 
 _PICTURE, _CAPTION, _METADATA = range(3)
 _PART_OF_EXTENSION = {
@@ -55,12 +56,16 @@ class RawSample:
 
 
 def expand_shards(patterns: str | list[str]) -> list[str]:
-    """Paths of the shards that `patterns` name: each a path or a glob, whose matches are sorted.
+    """Paths of the shards that `patterns` name: each a path, a glob, whose matches are sorted, or either with braces.
+
+    `a-{000..041}.tar` are 42 names, `{a,b}.tar` two, as in a shell; each of them must be there.
 
     Raises: TypeError if it is neither a string nor a list of strings; ValueError for addresses, pipes,
-        directories and shards named twice; FileNotFoundError for a pattern without a match.
+        directories, braces without their partners and shards named twice; FileNotFoundError for a pattern without a
+        match.
     """
-    shards = [shard for pattern in shard_patterns(patterns) for shard in _expand(pattern)]
+    listed = shard_patterns(patterns)
+    shards = [shard for pattern in listed for part in _expand_braces(pattern) for shard in _expand(part)]
     if not shards:
         raise ValueError("shards must name at least one tar file, got an empty list")
     for shard, count in Counter(shards).items():
@@ -78,6 +83,17 @@ def shard_patterns(patterns: str | list[str]) -> list[str]:
     if not isinstance(listed, list) or not all(isinstance(pattern, str) for pattern in listed):
         raise TypeError(f"shards must be a path, a glob or a list of them, got {patterns!r}")
     return listed
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    if os.path.exists(pattern):  # a file may be called anything
+        yield pattern
+        return
+    try:
+        # Without escapes: a backslash is part of a path on Windows.
+        yield from braceexpand(pattern, escape=False)
+    except ValueError as error:
+        raise ValueError(f"shards must have as many {{ as }} in their name, got {pattern!r}; correct it") from error
 
 
 def _expand(pattern: str) -> list[str]:
