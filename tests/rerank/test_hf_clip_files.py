@@ -164,14 +164,14 @@ def test_packages_that_are_not_installed_are_named(
         raise ImportError("SiglipTokenizer requires the SentencePiece library")
 
     monkeypatch.setattr(transformers.SiglipTokenizer, "from_pretrained", without_sentencepiece)
-    with pytest.raises(ValueError, match=r"needs sentencepiece, .*; pip install 'dalle1\[hf\]'$"):
+    with pytest.raises(ValueError, match=r"needs sentencepiece, .*; pip install '\.\[hf\]' in the project's directory$"):
         HFCLIPReranker.load(models("siglip"))
     with monkeypatch.context() as patch:
         patch.setattr(transformers, "__version__", "4.57.1")
-        with pytest.raises(ValueError, match=r"needs transformers 5, got 4.57.1; pip install 'dalle1\[hf\]'$"):
+        with pytest.raises(ValueError, match=r"needs transformers 5, got 4.57.1; pip install '\.\[hf\]' in the project's directory$"):
             HFCLIPReranker.load(models("clip"))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"needs transformers, which is not installed; pip install 'dalle1\[hf\]'$"):
+    with pytest.raises(ValueError, match=r"needs transformers, which is not installed; pip install '\.\[hf\]' in the project's directory$"):
         HFCLIPReranker.load(models("clip"))
 
 

@@ -38,7 +38,7 @@ _DOWNLOADED = (
     *("vocab.json", "merges.txt", _SENTENCEPIECE),
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_INSTALL = "pip install 'dalle1[hf]'"
+_INSTALL = "pip install '.[hf]' in the project's directory"
 
 
 class HFCLIPReranker:
