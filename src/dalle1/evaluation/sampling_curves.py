@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,9 @@ def _best_of_curves(
 
 def _sample(
     pipeline: Pipeline, prompts: Sequence[str], config: SamplingConfig, candidates: int, seed: int
-) -> Sequence[PromptResult]:
+) -> Iterator[PromptResult]:
     with ProgressBar() as bar:
-        return pipeline(
+        yield from pipeline.stream(
             prompts,
             candidates=candidates,
             seed=seed,
