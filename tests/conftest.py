@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,14 @@ from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
 
 # Pictures are 12 x 16 pixels: nowhere square, so that a swap of the axes shows.
 TEXT_VOCAB_SIZE, TEXT_SEQ_LEN, IMAGE_VOCAB_SIZE, GRID, PATCH = 300, 40, 32, (3, 4), 4
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests remember nothing in the user's cache directory, nor do the processes that they start."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DALLE1_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def _randomize(model: nn.Module, seed: int) -> None:

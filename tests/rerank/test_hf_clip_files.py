@@ -18,6 +18,8 @@ from dalle1.rerank.hf_clip import HFCLIPReranker
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
+INSTALL = r"pip install '\.\[hf\]' in the project's directory"
+
 
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -164,14 +166,17 @@ def test_packages_that_are_not_installed_are_named(
         raise ImportError("SiglipTokenizer requires the SentencePiece library")
 
     monkeypatch.setattr(transformers.SiglipTokenizer, "from_pretrained", without_sentencepiece)
-    with pytest.raises(ValueError, match=r"needs sentencepiece, .*; pip install '\.\[hf\]' in the project's directory$"):
+    with pytest.raises(ValueError, match=f"needs sentencepiece, .*; {INSTALL}$"):
         HFCLIPReranker.load(models("siglip"))
     with monkeypatch.context() as patch:
         patch.setattr(transformers, "__version__", "4.57.1")
-        with pytest.raises(ValueError, match=r"needs transformers 5, got 4.57.1; pip install '\.\[hf\]' in the project's directory$"):
+        with pytest.raises(ValueError, match=f"needs transformers 5, got 4.57.1; {INSTALL}$"):
             HFCLIPReranker.load(models("clip"))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"needs transformers, which is not installed; pip install '\.\[hf\]' in the project's directory$"):
+    with pytest.raises(
+        ValueError,
+        match=f"needs transformers, which is not installed; {INSTALL}$",
+    ):
         HFCLIPReranker.load(models("clip"))
 
 

@@ -11,26 +11,17 @@ from __future__ import annotations
 import glob
 import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
 
-_PICTURE, _CAPTION, _METADATA = range(3)
-_PART_OF_EXTENSION = {
-    "jpg": _PICTURE,
-    "jpeg": _PICTURE,
-    "png": _PICTURE,
-    "webp": _PICTURE,
-    "txt": _CAPTION,
-    "json": _METADATA,
-}
-_ABSENT = (-1, 0)  # offset and size of a part that a sample does not have
+from dalle1.data.shard_cache import read_shards
+from dalle1.data.shard_scan import ABSENT, CAPTION, METADATA, PICTURE
+
 # Far below the usual limit of 1024 open files per process.
 MAX_OPEN_SHARDS = 64
 
@@ -110,7 +101,8 @@ def _expand(pattern: str) -> list[str]:
 class ShardIndex:
     """The samples of local tar shards, numbered from 0 in the order of the shards and of their members.
 
-    Building it reads all tar headers but no content. It can be pickled and used after a fork.
+    Building it reads all tar headers, unless they are remembered (`shard_cache`), but no content. It can be pickled and
+    used after a fork.
     """
 
     def __init__(self, patterns: str | list[str]) -> None:
@@ -124,11 +116,10 @@ class ShardIndex:
         self.shards = expand_shards(patterns)
         self._keys: list[str] = []
         shard_numbers, byte_ranges = [], []
-        for number, shard in enumerate(self.shards):
-            samples = _scan_shard(shard)
-            self._keys.extend(samples)
-            shard_numbers.append(np.full(len(samples), number, dtype=np.int64))
-            byte_ranges.append(np.array(list(samples.values()), dtype=np.int64).reshape(len(samples), 3, 2))
+        for number, content in enumerate(read_shards(self.shards)):
+            self._keys.extend(content.keys)
+            shard_numbers.append(np.full(len(content.keys), number, dtype=np.int64))
+            byte_ranges.append(content.byte_ranges)
         if not self._keys:
             raise ValueError(f"shards must hold samples, such as 01.jpg and 01.txt; there are none in {patterns!r}")
         self._shard_numbers = np.concatenate(shard_numbers)
@@ -164,21 +155,21 @@ class ShardIndex:
 
         Raises: BadSampleError if it has none.
         """
-        data = self._fetch(i, _PICTURE)
+        data = self._fetch(i, PICTURE)
         if data is None:
             raise BadSampleError(f"{self.describe(i)} has no picture (.jpg, .jpeg, .png or .webp)", "no picture")
         return data
 
     def has_caption(self, i: int) -> bool:
         """Whether sample `i` has a caption, good or bad."""
-        return tuple(self._byte_ranges[i, _CAPTION].tolist()) != _ABSENT
+        return tuple(self._byte_ranges[i, CAPTION].tolist()) != ABSENT
 
     def caption(self, i: int) -> str:
         """Caption of sample `i`, without white space around it; may be empty.
 
         Raises: BadSampleError if there is none or it is not UTF-8.
         """
-        data = self._fetch(i, _CAPTION)
+        data = self._fetch(i, CAPTION)
         if data is None:
             raise BadSampleError(f"{self.describe(i)} has no caption (.txt)", "no caption")
         try:
@@ -192,7 +183,7 @@ class ShardIndex:
 
         Raises: BadSampleError if it is not a JSON object.
         """
-        data = self._fetch(i, _METADATA)
+        data = self._fetch(i, METADATA)
         if data is None:
             return {}
         try:
@@ -225,7 +216,7 @@ class ShardIndex:
 
     def _fetch(self, i: int, part: int) -> bytes | None:
         offset, size = self._byte_ranges[i, part].tolist()
-        if (offset, size) == _ABSENT:
+        if (offset, size) == ABSENT:
             return None
         # A positional read shares no file offset, so descriptors inherited by a fork stay correct.
         data = os.pread(self._descriptor(int(self._shard_numbers[i])), size, offset)
@@ -242,36 +233,3 @@ class ShardIndex:
         if len(self._open_files) > MAX_OPEN_SHARDS:
             os.close(self._open_files.pop(next(iter(self._open_files))))
         return descriptor
-
-
-def _scan_shard(shard: str) -> dict[str, list[tuple[int, int]]]:
-    """Key -> (offset, size) in bytes of its picture, caption and metadata."""
-    samples: dict[str, list[tuple[int, int]]] = {}
-    try:
-        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isreg():
-                    _add_member(samples, member, shard)
-            # At a broken header tarfile just stops; only an empty block is the true end.
-            file.seek(tar.offset)
-            is_complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except tarfile.TarError as error:
-        raise ValueError(f"shard {shard!r} is not a readable, uncompressed tar file ({error}); replace it") from error
-    if not is_complete:
-        raise ValueError(f"shard {shard!r} is truncated: the tar end mark is missing; replace it")
-    return samples
-
-
-def _add_member(samples: dict[str, list[tuple[int, int]]], member: tarfile.TarInfo, shard: str) -> None:
-    path = PurePosixPath(member.name)
-    stem, _, extension = path.name.partition(".")
-    part = _PART_OF_EXTENSION.get(extension.lower())
-    # A name that starts with a dot has no key; macOS puts such files beside the real ones.
-    if part is None or not stem:
-        return
-    key = str(path.with_name(stem))
-    parts = samples.setdefault(key, [_ABSENT] * 3)
-    if parts[part] != _ABSENT:
-        what = ("picture", "caption (.txt)", "metadata file (.json)")[part]
-        raise ValueError(f"sample {key!r} in {shard!r} has more than one {what}; keys must be unique in a shard")
-    parts[part] = (member.offset_data, member.size)
