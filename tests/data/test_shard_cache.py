@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,34 @@ def test_cache_that_cannot_be_written_costs_nothing_but_time(shard: str, scanned
     for _ in range(2):
         assert len(read_shards([shard])[0].keys) == 3
     assert scanned == ["a.tar"] * 2
+
+
+def test_after_a_bad_shard_the_others_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    over = threading.Event()
+
+    def scan(shard: str) -> ShardContent:
+        begun.append(shard)
+        if len(begun) == 1:
+            raise ValueError("bad")
+        over.wait()  # a shard takes long
+        raise ValueError("never looked at")
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            over.set()
+            super().shutdown(wait=wait)
+
+    monkeypatch.setattr(shard_cache, "_MOST_THREADS", 1)
+    monkeypatch.setattr(shard_cache, "scan_shard", scan)
+    monkeypatch.setattr(shard_cache, "ThreadPoolExecutor", Pool)
+    shards = [tmp_path / f"{number}.tar" for number in range(20)]
+    for path in shards:
+        path.touch()
+    with pytest.raises(ValueError, match="bad"):
+        read_shards([str(path) for path in shards])
+    assert len(begun) <= 2
 
 
 def test_first_bad_shard_is_named_and_not_remembered(shard: str, tmp_path: Path, cache: Path) -> None:
