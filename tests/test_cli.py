@@ -288,3 +288,6 @@ def test_file_that_looks_like_an_option_stays_a_file(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out=1.png").touch()
     assert dashed_options(["out=1.png", "out=2"], ("out",)) == ["out=1.png", "--out=2"]
+    (tmp_path / "seed=1").mkdir()
+    (tmp_path / "seed=1" / "a.png").touch()
+    assert dashed_options(["seed=1/*.png"], ("out",)) == ["seed=1/*.png"]

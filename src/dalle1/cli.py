@@ -8,6 +8,7 @@ command line and the configuration, 1 for all else, 130 for Ctrl-C. DALLE1_DEBUG
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
 import sys
@@ -147,16 +148,16 @@ def _parse(argument: str) -> Override | None:
 def dashed_options(arguments: Sequence[str], names: Collection[str]) -> list[str]:
     """Arguments for argparse, with the options `names` written `name=value`, as in Hydra's grammar, as `--name=value`.
 
-    A file whose whole name looks like such an option stays a file.
+    A file whose whole name looks like such an option stays a file, and so does a glob of files in `seed=1/`.
 
     Raises: OptionError for an option that is not among `names`."""
     options = []
     for argument in arguments:
         name, separator, _ = argument.partition("=")
         is_option = separator and re.fullmatch("[a-z_]+", name) and not os.path.lexists(argument)
-        if is_option and name not in names:
+        if is_option and name not in names and not glob.glob(argument, recursive=True):
             raise OptionError(f"there is no option '{name}'; there are {', '.join(names)}")
-        options.append(f"--{argument}" if is_option else argument)
+        options.append(f"--{argument}" if is_option and name in names else argument)
     return options
 
 
