@@ -130,7 +130,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise ValueError(
             f"'{path}' is not a checkpoint that can be read safely ({reason}); give checkpoints/last.ckpt of a stage; "
-            "if it is that, it is damaged: train the stage again"
+            "if it is that, it is damaged: delete it and train the stage again"
         ) from error
     record = content.get(RECORD_KEY) if isinstance(content, dict) else None
     if not isinstance(record, dict):
