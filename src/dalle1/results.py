@@ -2,7 +2,7 @@
 
 | file | |
 |---|---|
-| `manifest.json` | what the run was made from, and every picture with its seed and score |
+| `manifest.json` | what the run was made from, and every picture with its score |
 | `tokens/0001.npy` | image tokens of all candidates of prompt 1, so far |
 | `tokens/0001.json` | which of them are kept, and how they were chosen, once they are |
 | `0001-a-red-circle-0007.png` | candidate 7 (from 0) of prompt 1; only those that are kept have a picture |
@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.atomic_files import atomic, write_json
-from dalle1.data.sampled_picture import picture_text
+from dalle1.data.sampled_picture import MANIFEST_NAME, PICTURE_NAME, picture_text
 from dalle1.data.transforms import decode_image, to_pixels, to_unit_interval
 from dalle1.decode_and_rank import PromptResult
 from dalle1.evaluation.pictures import save_picture, to_pictures
@@ -41,9 +41,7 @@ from dalle1.picture_grid import GridBlock, draw_grids
 from dalle1.run_origin import RunOrigin, slug
 from dalle1.sampling.image_prompt import ImagePrompt
 
-MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 2
-_PICTURE_NAME = re.compile(r"\d{4,}-[a-z0-9-]+-\d{4,}\.png")
 _GRID_NAME = re.compile(r"grid(-\d{3,})?\.png")
 _IMAGE_NAME, _MASK_NAME, _GALLERY_NAME = "image.png", "mask.png", "index.html"
 
@@ -314,7 +312,7 @@ class SampleRun:
     def _sweep(self, kept: set[str]) -> None:
         """Remove pictures and grids of earlier calls, and nothing else: by their names here, whatever a file says."""
         for path in self.directory.iterdir():
-            is_ours = _PICTURE_NAME.fullmatch(path.name) or _GRID_NAME.fullmatch(path.name)
+            is_ours = PICTURE_NAME.fullmatch(path.name) or _GRID_NAME.fullmatch(path.name)
             if is_ours and path.name not in kept:
                 path.unlink(missing_ok=True)
 
@@ -322,7 +320,7 @@ class SampleRun:
         return self._tokens_path(prompt).with_suffix(".json")
 
     def _is_picture(self, name: str) -> bool:
-        return _PICTURE_NAME.fullmatch(name) is not None and (self.directory / name).is_file()
+        return PICTURE_NAME.fullmatch(name) is not None and (self.directory / name).is_file()
 
     def _open(self, name: str) -> Image.Image:
         with Image.open(self.directory / name) as picture:

@@ -31,6 +31,12 @@ def test_folder_of_a_run_has_its_pictures_and_not_their_grids(tmp_path: Path) ->
     assert sources(tmp_path) == [str(tmp_path / sampled), str(tmp_path / "mine" / "grid.png")]
 
 
+def test_folder_with_a_manifest_of_others_has_all_its_pictures(folder: Path) -> None:
+    expected = sources(folder)
+    (folder / "manifest.json").touch()
+    assert sources(folder) == expected
+
+
 def sources(*patterns: str | Path) -> list[str]:
     return [file.source for file in find_pictures([str(pattern) for pattern in patterns])]
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from dalle1.data.sampled_picture import MANIFEST_NAME, PICTURE_NAME
 from dalle1.data.shards import ShardIndex
 
-_RUN_NAME, _SAMPLED_NAME = "manifest.json", re.compile(r"\d{4,}-[a-z0-9-]+-\d{4,}\.png")
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 _LONGEST_NAME = 150  # bytes; file systems allow 255, and files have longer names while they are written
 
@@ -82,8 +81,9 @@ def _pictures_below(folder: str) -> list[str]:
     found = []
     for directory, subfolders, names in os.walk(folder, onerror=fail):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        if _RUN_NAME in names:  # of sample.py: its pictures, not the grids of them
-            names = [name for name in names if _SAMPLED_NAME.fullmatch(name)]
+        sampled = [name for name in names if PICTURE_NAME.fullmatch(name)]
+        if MANIFEST_NAME in names and sampled:  # a run of sample.py: its pictures, not the grids of them
+            names = sampled
         names = [name for name in names if name.lower().endswith(_EXTENSIONS) and not name.startswith(".")]
         found += [os.path.join(directory, name) for name in names]
     if not found:

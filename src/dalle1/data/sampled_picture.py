@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
+# In the directory of a run (`results`): what says that it is one, and its pictures, which are not all that is there.
+MANIFEST_NAME = "manifest.json"
+PICTURE_NAME = re.compile(r"\d{4,}-[a-z0-9-]+-\d{4,}\.png")
 _TOKENS_KEY, _PIXELS_KEY = "image_tokens", "pixels_sha256"
 
 
