@@ -39,14 +39,11 @@ def read_shards(shards: Sequence[str]) -> list[ShardContent]:
     contents = {shard: _recall(shard) for shard in shards}
     unknown = [shard for shard, content in contents.items() if content is None]
     if unknown:
-        pool = ThreadPoolExecutor(min(len(unknown), _MOST_THREADS))
-        try:
+        # `map` cancels what is not begun after Ctrl-C or a bad shard.
+        with ThreadPoolExecutor(min(len(unknown), _MOST_THREADS)) as pool:
             scanned = pool.map(_scan_and_remember, unknown)
             bar = tqdm(scanned, desc="reading shard headers", total=len(unknown), unit=" shards", disable=None)
             contents |= dict(zip(unknown, bar, strict=True))
-        finally:
-            # After Ctrl-C or a bad shard nobody waits for the thousands that are not begun.
-            pool.shutdown(cancel_futures=True)
     return [content for content in contents.values() if content is not None]
 
 
