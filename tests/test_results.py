@@ -139,7 +139,7 @@ def test_many_prompts_fill_several_grids(tmp_path: Path) -> None:
 
 def test_tokens_come_back_and_nothing_is_written_before_them(tmp_path: Path) -> None:
     run = _open(tmp_path / "run")
-    assert run.load(0) is None
+    assert (run.load(0), run.count(0)) == (None, 0)
     assert not (tmp_path / "run").exists()
     run.save(1, TOKENS[:2])
     again = _open(tmp_path / "run")
@@ -148,6 +148,7 @@ def test_tokens_come_back_and_nothing_is_written_before_them(tmp_path: Path) -> 
     assert tokens is not None
     assert torch.equal(tokens, TOKENS[:2])
     assert tokens.dtype == torch.int64
+    assert again.count(1) == 2
     assert not again.is_complete
     again.save(1, TOKENS)
     loaded = SampleRun.reopen(tmp_path / "run").load(1)
@@ -318,6 +319,15 @@ def test_damaged_tokens_are_named(tmp_path: Path, damage: Callable[[Path], None]
     damage(tmp_path / "run")
     with pytest.raises(ValueError, match=r"0001\.npy' is damaged \(.*\); delete it, and its pictures are sampled"):
         run.load(0)
+
+
+@pytest.mark.parametrize("damage", [_break_tokens, _pickle_tokens])
+def test_damaged_tokens_are_not_counted(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    run = _open(tmp_path / "run")
+    run.save(0, TOKENS)
+    damage(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"0001\.npy' is damaged \(.*\); delete it, and its pictures are sampled"):
+        run.count(0)
 
 
 @pytest.mark.parametrize(

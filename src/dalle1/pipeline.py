@@ -263,7 +263,7 @@ class Pipeline:
     ) -> Iterator[tuple[int, Int[Tensor, "n gh gw"]]]:
         """Sample what the store lacks; give the number of each prompt that has all its candidates, and their tokens."""
         n_candidates = len(seeds[0])
-        known = [0 if (tokens := store.load(i)) is None else min(len(tokens), n_candidates) for i in range(len(seeds))]
+        known = [min(store.count(i), n_candidates) for i in range(len(seeds))]
         length = self.transformer.model.config.image_seq_len
         done, total = sum(known), len(seeds) * n_candidates
 
@@ -306,8 +306,7 @@ class Pipeline:
                         # Not all of them: another process may have added some by now.
                         grown[number] = _stored(store, number)[:n_known]
                     grown[number] = torch.cat([grown[number], tokens]) if number in grown else tokens
-                    stored = store.load(number)
-                    if stored is None or len(stored) < len(grown[number]):
+                    if store.count(number) < len(grown[number]):
                         store.save(number, grown[number])
                 if n_known + block.candidates.stop == n_candidates:
                     yield from ((numbers[i], grown.pop(numbers[i])) for i in block.prompts)

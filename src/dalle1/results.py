@@ -195,6 +195,19 @@ class SampleRun:
             paste_kept=self.settings.get("paste_kept", False),
         )
 
+    def count(self, prompt: int) -> int:
+        """How many candidates of a prompt have tokens; only the head of their file is read.
+
+        Raises: ValueError if that is damaged.
+        """
+        path = self._tokens_path(prompt)
+        if not path.is_file():
+            return 0
+        try:
+            return len(np.load(path, mmap_mode="r", allow_pickle=False))
+        except (ValueError, TypeError, EOFError, OSError) as error:
+            raise _damaged(path, error) from error
+
     def load(self, prompt: int) -> Int[Tensor, "n gh gw"] | None:
         """Tokens of a prompt's first candidates.
 
@@ -211,7 +224,7 @@ class SampleRun:
             if tokens.dtype.kind not in "iu" or not 0 <= tokens.min() <= tokens.max() < origin.image_vocab_size:
                 raise ValueError(f"it holds other numbers than tokens in [0, {origin.image_vocab_size})")
         except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"'{path}' is damaged ({error}); delete it, and its pictures are sampled again") from error
+            raise _damaged(path, error) from error
         return torch.from_numpy(tokens.astype(np.int64))
 
     def save(self, prompt: int, image_tokens: Int[Tensor, "n gh gw"]) -> None:
@@ -353,6 +366,10 @@ class SampleRun:
                 captions=[*first_captions, *captions] if first or any(captions) else [],
                 columns=min(8, len(first) + len(captions)) if len(prompts) > 1 else None,
             )
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"'{path}' is damaged ({error}); delete it, and its pictures are sampled again")
 
 
 def _is_partial(path: Path) -> bool:

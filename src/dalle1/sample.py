@@ -191,6 +191,9 @@ class _Part:
     def __init__(self, run: SampleRun, numbers: Sequence[int]) -> None:
         self._run, self._numbers = run, numbers
 
+    def count(self, prompt: int) -> int:
+        return self._run.count(self._numbers[prompt])
+
     def load(self, prompt: int) -> Tensor | None:
         return self._run.load(self._numbers[prompt])
 

@@ -11,6 +11,9 @@ from torch import Tensor
 class CandidateStore(Protocol):
     """Tokens of the first candidates of each prompt; prompts are known by their place in the list."""
 
+    def count(self, prompt: int) -> int:
+        """How many there are."""
+
     def load(self, prompt: int) -> Int[Tensor, "n gh gw"] | None:
         """All there are, int64, on the CPU."""
 
@@ -24,6 +27,10 @@ class MemoryStore:
     def __init__(self) -> None:
         """Start empty."""
         self._tokens: dict[int, Int[Tensor, "n gh gw"]] = {}
+
+    def count(self, prompt: int) -> int:
+        """See `CandidateStore`."""
+        return len(self._tokens.get(prompt, ()))
 
     def load(self, prompt: int) -> Int[Tensor, "n gh gw"] | None:
         """See `CandidateStore`."""
