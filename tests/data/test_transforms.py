@@ -16,6 +16,8 @@ from dalle1.data.transforms import (
     decode_image,
     fit_picture,
     parse_color,
+    picture_size,
+    read_header,
     to_pixels,
     to_unit_interval,
 )
@@ -287,6 +289,74 @@ def test_damaged_files_raise_nothing_but_value_error(encode: Encode) -> None:
             refused += 1
     # Bytes changed in the pixels' data are often a picture still.
     assert 30 < refused < 300
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
+def test_size_is_that_of_the_decoded_picture(encode: Encode, image_format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.new("RGB", (20, 10), "red"), image_format, exif=exif)
+    assert picture_size(data) == decode_image(data).size == ((20, 10) if orientation <= 4 else (10, 20))
+
+
+@pytest.mark.parametrize(("name", "head"), [(b"eXIf", b""), (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0")])
+def test_size_knows_a_png_that_is_turned_by_what_comes_after_its_pixels(
+    encode: Encode, name: bytes, head: bytes
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turn = exif.tobytes().removeprefix(b"Exif\0\0") if name == b"eXIf" else b'<x tiff:Orientation="6"/>'
+    data = encode(Image.new("RGB", (20, 10)))
+    end = data.rindex(b"IEND") - 4
+    data = data[:end] + chunk(name, head + turn) + data[end:]
+    assert picture_size(data) == decode_image(data).size == (10, 20)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+def test_size_is_read_without_the_pixels(encode: Encode, image_format: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 80, 3), dtype=np.uint8))
+    data = encode(noise, image_format)
+    assert picture_size(data[: len(data) // 2]) == (80, 90)
+
+
+def test_header_tells_plain_jpegs_from_what_is_to_be_turned_or_converted(encode: Encode) -> None:
+    picture = Image.new("RGB", (8, 8), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x tiff:Orientation="3"/>'
+    plain = [
+        encode(picture, "JPEG"),
+        encode(picture.convert("L"), "JPEG"),
+        encode(picture, "JPEG", exif=Image.Exif()),
+        encode(picture, "JPEG", xmp=b"<x/>"),
+        encode(picture, "JPEG", keep_rgb=True),
+    ]
+    others = [
+        encode(picture),
+        encode(picture, "WEBP"),
+        encode(picture, "JPEG", exif=exif),
+        encode(picture, "JPEG", xmp=xmp),
+        encode(picture.convert("CMYK"), "JPEG"),
+        encode(picture, "MPO", save_all=True, append_images=[picture]),
+    ]
+    assert [read_header(data).is_plain_jpeg for data in plain + others] == [True] * 5 + [False] * 6
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", b"\xff\xd8\xff\xe0"])
+def test_what_is_no_picture_has_no_size(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"^it is (empty, )?not a JPEG, PNG or WebP file$"):
+        picture_size(data)
+
+
+@pytest.mark.parametrize("exif", [{}, {"exif": b"Exif\0\0garbage"}])
+def test_jpeg_that_is_a_decompression_bomb_is_refused_by_its_header(encode: Encode, exif: dict[str, bytes]) -> None:
+    data = bytearray(encode(Image.new("L", (8, 8)), "JPEG", **exif))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = (10_500).to_bytes(2, "big") + (10_000).to_bytes(2, "big")
+    for read in (picture_size, decode_image):
+        with pytest.raises(ValueError, match=r"^it has 105\.0 megapixels, more than the 100 allowed$"):
+            read(bytes(data))
 
 
 @pytest.mark.parametrize("size", [(9, 5), (5, 9)])

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
+
+from dalle1.data.jpeg import plain_jpeg_size
 
 MAX_MEGAPIXELS = 100
 _UPRIGHT = {
@@ -24,6 +29,17 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
+# Of a PNG's parts these can say how it is turned, also after its pixels.
+_PNG_TURNS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+
+class PictureHeader(NamedTuple):
+    """What a picture file says of itself before its pixels."""
+
+    width: int  # as it will be seen: after turning it upright
+    height: int
+    is_plain_jpeg: bool  # grey or RGB, a single picture and upright as it is
 
 
 def parse_color(name: str) -> tuple[int, int, int]:
@@ -49,13 +65,48 @@ def decode_image(data: bytes, background: str = "white") -> Image.Image:
     Raises: ValueError if the file is damaged or of another format, or above 100 megapixels.
     """
     color = parse_color(background)
-    if not data:
-        raise ValueError("it is empty, not a JPEG, PNG or WebP file")
+    with _errors_in_one_sentence():
+        image = _open(data)
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        return _to_rgb(image if turn is None else image.transpose(turn), color)
+
+
+def read_header(data: bytes) -> PictureHeader:
+    """Size and kind of a picture, without decoding it; of a PNG that may be turned, with.
+
+    Raises: ValueError as `decode_image`, for what can be told without the pixels.
+    """
+    size = plain_jpeg_size(data)
+    if size is not None:  # what most pictures are, in a tenth of Pillow's time
+        _check_size(*size)
+        return PictureHeader(*size, is_plain_jpeg=True)
+    with _errors_in_one_sentence():
+        image = _open(data)
+        may_turn = image.format != "PNG" or any(name in data for name in _PNG_TURNS)
+        orientation = _orientation(image) if may_turn else 1
+        width, height = reversed(image.size) if orientation in _SIDEWAYS else image.size
+        is_plain_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB") and orientation == 1
+        return PictureHeader(width, height, is_plain_jpeg)
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the picture that `decode_image` would give.
+
+    Raises: ValueError as `read_header`.
+    """
+    header = read_header(data)
+    return header.width, header.height
+
+
+@contextmanager
+def _errors_in_one_sentence() -> Iterator[None]:
+    """Whatever Pillow raises, as a ValueError."""
     try:
         # Pillow warns of damage that it can live with, and at 89 megapixels; a data set may be full of either.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _decode(data, color)
+            yield
     except UnidentifiedImageError as error:
         raise ValueError("it is not a JPEG, PNG or WebP file") from error
     except Image.DecompressionBombError as error:
@@ -67,22 +118,28 @@ def decode_image(data: bytes, background: str = "white") -> Image.Image:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _decode(data: bytes, color: tuple[int, int, int]) -> Image.Image:
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("it is empty, not a JPEG, PNG or WebP file")
     image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    megapixels = image.width * image.height / 1e6
+    _check_size(image.width, image.height)
+    return image
+
+
+def _check_size(width: int, height: int) -> None:
+    megapixels = width * height / 1e6
     if megapixels > MAX_MEGAPIXELS:
         raise ValueError(f"it has {megapixels:.1f} megapixels, more than the {MAX_MEGAPIXELS} allowed")
-    image.load()
-    return _to_rgb(_turn_upright(image), color)
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """How the picture lies in the file, 1 to 8 as in EXIF; 1 is upright."""
     # Not ImageOps.exif_transpose: that fails where another EXIF entry is damaged.
     try:
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation if orientation in _UPRIGHT else 1
     except Exception:  # whatever the EXIF reader stumbles over, the picture itself is good
-        return image
-    return image if turn is None else image.transpose(turn)
+        return 1
 
 
 def _to_rgb(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
