@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+IMG2DATASET := .venv-img2dataset
 
 # The benchmark's pictures; data/README.md says how to make these. Others: make bench-dvae TRAIN='a-*.tar' VAL=b.tar
 TRAIN := data/photos/train-*.tar
@@ -10,7 +11,7 @@ PEER := --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6 axial
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-browser bench-dvae bench-transformer bench-transformer-loss bench-sampling sampling-curves bench-gpu lint types clean
+.PHONY: help setup demo test test-browser test-slow bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-data sampling-curves bench-gpu lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-22s %s\n", $$1, $$2}'
@@ -37,6 +38,14 @@ test-browser: $(STAMP)  ## the gallery page in a real browser; needs a Chromium 
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
 	$(BIN)/pytest -m browser
 
+test-slow: $(STAMP) $(IMG2DATASET)/.installed  ## shards that img2dataset itself writes, a minute; it is put into .venv-img2dataset
+	$(BIN)/pytest -m slow
+
+$(IMG2DATASET)/.installed: tests/slow/img2dataset.txt
+	$(PYTHON) -m venv $(IMG2DATASET)
+	$(IMG2DATASET)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 bench-dvae: $(STAMP)  ## our dVAE against DALLE-pytorch's, 35 minutes (BENCH='--minutes 5' for less)
 	$(BIN)/pip install $(PEER)
 	$(BIN)/python benchmarks/dvae.py --train '$(TRAIN)' --val '$(VAL)' $(BENCH)
@@ -53,6 +62,9 @@ bench-sampling: $(STAMP)  ## speed of sampling against DALLE-pytorch's, 10 minut
 	$(BIN)/pip install $(PEER)
 	$(BIN)/python benchmarks/sampling.py $(BENCH)
 
+bench-data: $(STAMP)  ## pictures read per second against WebDataset and Pillow, 2 minutes
+	$(BIN)/python benchmarks/data.py $(BENCH)
+
 sampling-curves: $(STAMP)  ## what candidates and guidance do to the demo's accuracy, half an hour
 	$(BIN)/python -m dalle1.evaluation.sampling_curves
 
@@ -67,4 +79,4 @@ types: $(STAMP)  ## static types
 	$(BIN)/mypy
 
 clean:  ## remove .venv and caches, never data or runs
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IMG2DATASET) .pytest_cache .mypy_cache .ruff_cache

@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from dalle1.checkpoint import load_dvae
 from dalle1.cli import errors_in_one_line
-from dalle1.data.datamodule import DataConfig, PairDataModule
+from dalle1.data.config import DataConfig
+from dalle1.data.datamodule import PairDataModule
 from dalle1.data.fields import require_int
 from dalle1.evaluation.codebook_usage import codebook_usage
 from dalle1.evaluation.image_quality import psnr_db, squared_error, ssim

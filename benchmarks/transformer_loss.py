@@ -37,7 +37,8 @@ from tqdm import tqdm
 from dalle1.atomic_files import atomic
 from dalle1.checkpoint import load_image_tokenizer
 from dalle1.cli import errors_in_one_line
-from dalle1.data.datamodule import DataConfig, PairDataModule
+from dalle1.data.config import DataConfig
+from dalle1.data.datamodule import PairDataModule
 from dalle1.data.fields import require_int
 from dalle1.models.options import AttentionPattern
 from dalle1.models.transformer import TransformerConfig

@@ -22,6 +22,10 @@ LAYERS = [
         "sample",
         "score",
         "plan",
+        "data.inspect",
+        "data.survey_pictures",
+        "data.survey_report",
+        "data.survey_text",
     ],
     ["results"],
     ["gallery", "picture_grid", "preview", "run_origin"],
@@ -42,8 +46,8 @@ LAYERS = [
 # Where each framework may appear; everything else is plain PyTorch.
 ALLOWED = {
     "pytorch_lightning": ("training", "data.datamodule"),
-    "hydra": ("cli", "training.run"),
-    "omegaconf": ("cli", "sample", "training.run", "plan"),
+    "hydra": ("cli", "data.inspect", "training.run"),
+    "omegaconf": ("cli", "data.inspect", "sample", "training.run", "plan"),
     "wandb": ("training.logging",),
     "webdataset": ("data",),
     "transformers": ("rerank.hf_clip",),

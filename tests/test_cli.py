@@ -73,6 +73,22 @@ def test_list_of_paths_stays_a_list() -> None:
     assert _value_after_hydra(argument) == ["a-[0-2].tar", "~/my (1)/\u00e9=x.tar", "007", "quoted.tar"]
 
 
+def test_braces_in_a_list_of_paths_stay_together() -> None:
+    (argument,) = quote_options(["data.train=[x/{00..12}.tar,{a,b}.tar,c.tar]"], path_options=["data.train"])
+    assert _value_after_hydra(argument) == ["x/{00..12}.tar", "{a,b}.tar", "c.tar"]
+
+
+def test_list_with_mappings_is_hydras() -> None:
+    for text in (
+        "[{path:a-*.tar,weight:2.5},b.tar]",
+        "[{path:'x/{0..3}.tar', weight: 2.5}]",
+        '[b.tar,{"path": [a,b]}]',
+    ):
+        assert quote_options([f"data.train={text}"], path_options=["data.train"]) == [f"data.train={text}"]
+    expected = [{"path": "a-*.tar", "weight": 2.5}, "b.tar"]
+    assert _value_after_hydra("data.train=[{path:a-*.tar,weight:2.5},b.tar]") == expected
+
+
 def test_path_of_digits_stays_text() -> None:
     (argument,) = quote_options(["out=007"], path_options=["out"])
     assert _value_after_hydra(argument) == "007"

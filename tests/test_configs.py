@@ -17,7 +17,8 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
-from dalle1.data.datamodule import DataConfig
+from dalle1.data.config import DataConfig
+from dalle1.data.filters import FilterConfig
 from dalle1.models.accounting import count_weights
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
@@ -27,6 +28,7 @@ from dalle1.tokenizers.text import TextTokenizerConfig
 from dalle1.training.dvae_module import DVAEOptimConfig
 from dalle1.training.optim import OptimConfig
 from dalle1.training.run import build
+from dalle1.training.tokens_stage import TokensConfig
 from dalle1.training.transformer_module import ComputeConfig, TransformerOptimConfig
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -71,8 +73,11 @@ def test_stage_of_experiment_builds(stage: str, experiment: str) -> None:
     cfg = composed(f"stage={stage}", f"experiment={experiment}", *SHARDS)
 
     data = build(cfg, "data", DataConfig)
-    model: Any = build(cfg, "model", MODEL_TYPES[stage])
     assert data.image_size == cfg.image_size
+    if stage == "tokens":
+        assert TokensConfig(crops=cfg.stage.crops, batch_size=cfg.stage.batch_size) == TokensConfig()
+        return
+    model: Any = build(cfg, "model", MODEL_TYPES[stage])
     # The sizes that stages must agree on come from one place.
     for name, value in _shared_sizes(cfg, stage).items():
         assert getattr(model, name) == value, name
@@ -119,16 +124,17 @@ def test_every_choice_composes_and_builds(path: Path, tmp_path: Path, monkeypatc
             built,
             {
                 "data": DataConfig,
-                "model": MODEL_TYPES[stage],
+                "model": MODEL_TYPES.get(stage),
                 "optim": OPTIM_TYPES.get(stage),
                 "compute": ComputeConfig,
+                "filters": FilterConfig,
             }[group],
         )
 
 
 def test_every_yaml_is_covered() -> None:
     top = {path.name for path in CONF.glob("*.yaml")}
-    assert top == {"train.yaml", "sample.yaml", "plan.yaml"}
+    assert top == {"train.yaml", "sample.yaml", "plan.yaml", "inspect.yaml"}
     assert {path.parent.parent for path in CONF.rglob("*/*.yaml")} == {CONF}, "a file deeper than one group"
 
 

@@ -21,7 +21,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_choices_in_commands_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for group in ("stage", "experiment", "trainer", "logger"):
+    for group in ("stage", "experiment", "trainer", "logger", "filters"):
         for choice in re.findall(rf"\b{group}=([a-z_]+)", text):
             assert (ROOT / "conf" / group / f"{choice}.yaml").is_file(), f"{group}={choice}"
 

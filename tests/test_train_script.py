@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from dalle1.checkpoint import load_dvae, load_transformer
-from dalle1.data.dataset import PairDataset, collate
+from dalle1.data.dataset import PairDataset
+from dalle1.data.preparation import Preparation, collate
 from dalle1.data.shards import ShardIndex
 from dalle1.evaluation.codebook_usage import codebook_usage
 from dalle1.evaluation.image_quality import psnr_db, squared_error
@@ -82,7 +83,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert summary["step"] == 4
 
     dvae = load_dvae(run / "checkpoints" / "last.ckpt").model
-    pictures = PairDataset(ShardIndex(f"{tmp_path}/data/shapes/val-*.tar"), image_size=16)
+    pictures = PairDataset(ShardIndex(f"{tmp_path}/data/shapes/val-*.tar"), Preparation(image_size=16))
     image = collate([pictures[i] for i in range(len(pictures))])["image"]
     tokens = dvae.encode(image)
     error = squared_error(dvae.decode(tokens), image)

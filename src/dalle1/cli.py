@@ -116,9 +116,15 @@ def _quote_text(text: str) -> str:
 
 
 def _quote_paths(value: str) -> str:
-    """A path, or a list of paths in square brackets; it may refer to other options. `[0-9].tar` is a path."""
+    """A path, or a list of paths in square brackets; it may refer to other options. `[0-9].tar` is a path.
+
+    Mappings, such as `[{path:a.tar,weight:2},b.tar]`, are left to Hydra's grammar.
+    """
+    if re.match(r"[\[{].*?(?<!\w)['\"]?(path|weight)['\"]?\s*:", value):
+        return value
     if value.startswith("[") and value.endswith("]"):
-        paths = [path.strip() for path in value[1:-1].split(",")]
+        # Not at the commas of braces: `{a,b}.tar` is one path.
+        paths = [path.strip() for path in re.split(r",(?![^{}]*\})", value[1:-1])]
         return f"[{','.join(path if _is_quoted(path) else _quote(path) for path in paths)}]"
     return _quote(value)
 

@@ -14,8 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data.datamodule import DataConfig, PairDataModule
-from dalle1.data.dataset import EncodedCaption
+from dalle1.data.config import DataConfig
+from dalle1.data.datamodule import PairDataModule
+from dalle1.data.findings import Findings
+from dalle1.data.order import SampleOrder
+from dalle1.data.preparation import EncodedCaption
 from dalle1.data.shapes_shards import ShapesRecipe
 
 WriteShard = Callable[[str, list[tuple[str, bytes]]], str]
@@ -46,6 +49,16 @@ def encode_length(caption: str, draw: str | None) -> EncodedCaption:
         ("small_pictures", "skip", ValueError, "small_pictures must be 'enlarge' or 'refuse', got 'skip'"),
         ("background", "whit", ValueError, "background: a colour must be a name such as 'white', .*got 'whit'"),
         ("cache_images", "yes", TypeError, "cache_images must be true or false, got 'yes'"),
+        ("backend", "indexes", ValueError, "backend must be 'auto', 'indexed' or 'stream', got 'indexes'"),
+        ("caption", "txt", ValueError, "caption: caption must be text, lines or json:FIELD, got 'txt'"),
+        ("caption", "json:", ValueError, "caption: caption must name a field after 'json:', got 'json:'"),
+        ("shuffle_window", 0, ValueError, "shuffle_window must be >= 1, got 0"),
+        ("stream_buffer", 0, ValueError, "stream_buffer must be >= 1, got 0"),
+        ("allow_pipe", 1, TypeError, "allow_pipe must be true or false, got 1"),
+        ("max_bad_fraction", "0.1", TypeError, r"max_bad_fraction must be a number in \[0, 1\], got '0.1'"),
+        ("max_bad_fraction", 1.5, ValueError, r"max_bad_fraction must be in \[0, 1\], got 1.5"),
+        ("tokens", 3, TypeError, "tokens must be a directory or null, got 3"),
+        ("filters", {}, TypeError, r"filters must be a FilterConfig, got \{\}"),
         ("recipe", {"seed": 1}, TypeError, r"recipe must be a ShapesRecipe or null, got \{'seed': 1\}"),
     ],
 )
@@ -83,11 +96,47 @@ def test_train_captions_are_all_captions_in_order(config: DataConfig) -> None:
     assert list(PairDataModule(config).train_captions()) == [f"number {i}" for i in range(11)]
 
 
-def test_patterns_of_the_training_shards_are_a_list(config: DataConfig) -> None:
-    assert replace(config, train="a.tar").train_patterns == ["a.tar"]
-    assert replace(config, train=["a.tar", "b-*.tar"]).train_patterns == ["a.tar", "b-*.tar"]
-    with pytest.raises(TypeError, match="shards must be a path, a glob or a list of them, got 3"):
-        _ = replace(config, train=3).train_patterns  # type: ignore[arg-type]
+def test_names_of_what_is_trained_on_are_without_directories(config: DataConfig) -> None:
+    assert replace(config, train="x/a.tar").source_names == [["a.tar", 1.0]]
+    mixture: Any = ["x/a.tar", {"path": ["y/b-*.tar", "y/c.tar"], "weight": 2}]
+    names = [["a.tar", 1.0], ["b-*.tar", 2.0], ["c.tar", 2.0]]
+    assert replace(config, train=mixture).source_names == names
+
+
+def test_places_must_be_given(config: DataConfig) -> None:
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=rf"data\.{split} must be given, as data\.{split}=\.\.\."):
+            PairDataModule(replace(config, **{split: None})).setup("fit")  # type: ignore[arg-type]
+
+
+def test_validation_has_no_weights(config: DataConfig) -> None:
+    val: Any = [{"path": "a.tar", "weight": 2}]
+    with pytest.raises(ValueError, match=r"data\.val must have no weights"):
+        replace(config, val=val).sources("val")
+
+
+def test_mixture_repeats_samples_by_their_weight(
+    config: DataConfig, write_shard: WriteShard, make_samples: MakeSamples
+) -> None:
+    small = write_shard("small.tar", make_samples(2, start=50))
+    train: Any = [config.train, {"path": small, "weight": 2.5}]
+    data = PairDataModule(replace(config, train=train, batch_size=1))
+    loader = data.train_dataloader()
+    assert len(loader) == 11 + 5
+    keys = [batch["key"][0] for batch in loader]
+    assert sorted(keys)[:11] == [f"{i:06d}" for i in range(11)]
+    assert sorted(keys.count(f"{i:06d}") for i in (50, 51)) == [2, 3]
+
+
+def test_too_many_bad_samples_stop_the_run(
+    config: DataConfig, write_shard: WriteShard, make_samples: MakeSamples
+) -> None:
+    members = [*make_samples(180), *((f"bad-{i}.png", b"broken") for i in range(20))]
+    shard = write_shard("some.tar", members)
+    config = replace(config, train=shard, on_bad_sample="skip")
+    with pytest.raises(ValueError, match=r"at most 0\.05 of the samples .* got \d+ of \d+: picture cannot be decoded"):
+        list(PairDataModule(replace(config, max_bad_fraction=0.05)).train_dataloader())
+    assert len(list(PairDataModule(replace(config, max_bad_fraction=0.2)).train_dataloader())) == 100
 
 
 def test_only_training_pictures_are_augmented(config: DataConfig, write_shard: WriteShard, encode: Encode) -> None:
@@ -115,7 +164,7 @@ def damaged(config: DataConfig, write_shard: WriteShard, make_samples: MakeSampl
     """Two bad samples in training, one of them also in validation."""
     shared = write_shard("shared.tar", [("9.png", b"broken"), *make_samples(1)])
     train = write_shard("damaged.tar", [*make_samples(3), ("8.txt", b"no picture")])
-    return replace(config, train=[train, shared], val=shared, on_bad_sample="skip")
+    return replace(config, train=[train, shared], val=shared, on_bad_sample="skip", max_bad_fraction=1.0)
 
 
 def test_bad_samples_of_all_splits_are_counted_once(damaged: DataConfig) -> None:
@@ -124,22 +173,22 @@ def test_bad_samples_of_all_splits_are_counted_once(damaged: DataConfig) -> None
         list(data.train_dataloader())
         list(data.val_dataloader())
     assert data.count_findings() == {"picture cannot be decoded": 1, "no picture": 1}
-    assert data.n_samples_used == 8
+    assert data.n_samples_used() == 8
 
 
 def test_bad_captions_are_counted(damaged: DataConfig) -> None:
     data = PairDataModule(replace(damaged, val="not-needed.tar"))
     assert len(list(data.train_captions())) == 5
     assert data.count_findings() == {"no caption": 1}
-    assert data.n_samples_used == 6
+    assert data.n_samples_used() == 6
 
 
 def test_bad_samples_of_all_devices_are_joined(damaged: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts: list[dict[str, str]] = []
+    parts: list[list[Findings]] = []
 
-    def gather(results: list[Any], mine: dict[str, str]) -> None:
+    def gather(results: list[Any], mine: list[Findings]) -> None:
         parts.append(mine)
-        results[:] = parts if len(parts) == 2 else [mine, {}]
+        results[:] = parts if len(parts) == 2 else [mine, []]
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     for rank in (1, 0):
@@ -147,7 +196,7 @@ def test_bad_samples_of_all_devices_are_joined(damaged: DataConfig, monkeypatch:
         data.trainer = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
         list(data.val_dataloader())
         counts = data.count_findings()
-    assert len(parts[1]) == 1, "the first device met one of the two"
+    assert [len(part.named) for part in parts[0]] == [1], "the second device met one of the two"
     assert counts == {"picture cannot be decoded": 1, "no picture": 1}
 
 
@@ -165,7 +214,7 @@ def test_recipe_makes_missing_shards(config: DataConfig, tmp_path: Path) -> None
     )
     data.prepare_data()
     data.setup()
-    assert (len(data.train_index), len(data.val_index)) == (2, 1)
+    assert (len(data.index("train")), len(data.index("val"))) == (2, 1)
 
 
 class Recorder(pl.LightningModule):
@@ -195,10 +244,13 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(config: DataConfig, module: Recorder, *, ckpt_path: Path | None = None) -> list[list[int]]:
+def fit(
+    config: DataConfig, module: Recorder, *, ckpt_path: Path | None = None, accumulate: int = 1, max_steps: int = 13
+) -> list[list[int]]:
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_steps=13,
+        max_steps=max_steps,
+        accumulate_grad_batches=accumulate,
         max_epochs=-1,
         val_check_interval=4,
         check_val_every_n_epoch=None,
@@ -224,6 +276,32 @@ def test_training_resumes_with_the_next_batch(config: DataConfig, tmp_path: Path
     resumed = fit(config, Recorder(-1, checkpoint), ckpt_path=checkpoint)
     assert len(whole) == 13
     assert resumed == whole[save_at:]
+
+
+@pytest.mark.parametrize("save_at", [2, 5, 8])
+@pytest.mark.parametrize("workers", [(0, 2), (2, 1)])
+def test_accumulated_updates_resume_with_the_next_batch_and_other_workers(
+    config: DataConfig, tmp_path: Path, save_at: int, workers: tuple[int, int]
+) -> None:
+    checkpoint = tmp_path / "saved.ckpt"
+    first, second = (replace(config, num_workers=number) for number in workers)
+    whole = fit(first, Recorder(save_at, checkpoint), accumulate=2, max_steps=8)
+    resumed = fit(second, Recorder(-1, checkpoint), ckpt_path=checkpoint, accumulate=2, max_steps=8)
+    assert len(whole) == 14  # the last of 5 batches in a pass is an update of its own
+    assert resumed == whole[save_at:]
+
+
+@pytest.mark.parametrize("save_at", [1, 3, 5, 7])
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_training_goes_on_with_the_next_sample_in_batches_of_another_size(
+    config: DataConfig, tmp_path: Path, save_at: int, batch_size: int
+) -> None:
+    checkpoint = tmp_path / "saved.ckpt"
+    seen = fit(config, Recorder(save_at, checkpoint))[:save_at]
+    seen += fit(replace(config, batch_size=batch_size), Recorder(-1, checkpoint), ckpt_path=checkpoint)
+    ids = [i for batch in seen for i in batch]
+    assert len(ids) == save_at * 2 + (13 - save_at) * batch_size
+    assert ids == SampleOrder([11], seed=0).take(0, len(ids))[0].tolist()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

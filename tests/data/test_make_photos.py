@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dalle1.data.dataset import PairDataset
+from dalle1.data.preparation import Preparation
 from dalle1.data.shards import ShardIndex
 
 
@@ -40,8 +41,8 @@ def test_shards_hold_the_photographs_of_their_split(script: ModuleType, tmp_path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train-00000.tar", "val-00000.tar"]
     train, val = (ShardIndex(str(tmp_path / "out" / f"{split}-00000.tar")) for split in ("train", "val"))
     assert (len(train), len(val)) == (2, 1)
-    assert train.metadata(0)["width"] == 12
-    red = PairDataset(train, image_size=8)[0]["pixels"].float().mean((1, 2)).tolist()
+    assert train[0].metadata()["width"] == 12
+    red = PairDataset(train, Preparation(image_size=8))[0]["pixels"].float().mean((1, 2)).tolist()
     assert red == pytest.approx([255, 0, 0], abs=2)
 
 

@@ -1,72 +1,141 @@
-"""The order of the samples: complete, never repeated, and the same on any number of devices."""
+"""Which samples come when."""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from dalle1.data.order import batch_indices, batches_per_epoch, epoch_order
+from dalle1.data.order import SampleOrder, batches_per_epoch
 
-seeds = st.integers(0, 2**40)
-sizes = st.integers(1, 5)
-
-
-@given(seed=seeds, epoch=st.integers(0, 1000), n_samples=st.integers(1, 50))
-@settings(deadline=None, max_examples=30)
-def test_epoch_order_is_a_permutation(seed: int, epoch: int, n_samples: int) -> None:
-    assert sorted(epoch_order(seed, epoch, n_samples).tolist()) == list(range(n_samples))
+BLOCKS = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)
 
 
-def test_epoch_order_differs_between_epochs_and_seeds() -> None:
-    orders = {tuple(epoch_order(seed, epoch, 20).tolist()) for seed in range(3) for epoch in range(3)}
+def ids_of(order: SampleOrder, start: int, stop: int) -> list[int]:
+    return order.take(start, stop)[0].tolist()
+
+
+@given(blocks=BLOCKS, window=st.integers(1, 40), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
+def test_every_epoch_has_each_sample_once(blocks: list[int], window: int, seed: int, epoch: int) -> None:
+    order = SampleOrder(blocks, seed=seed, window=window)
+    n = sum(blocks)
+    ids, draws = order.take(epoch * n, (epoch + 1) * n)
+    assert order.n_samples == n
+    assert sorted(ids.tolist()) == list(range(n))
+    assert draws.tolist() == [epoch] * n
+
+
+@given(
+    blocks=BLOCKS,
+    window=st.integers(1, 40),
+    world_size=st.integers(1, 4),
+    batch_size=st.integers(1, 5),
+    epochs=st.integers(1, 3),
+)
+def test_all_ranks_together_see_each_sample_once_an_epoch(
+    blocks: list[int], window: int, world_size: int, batch_size: int, epochs: int
+) -> None:
+    order = SampleOrder(blocks, seed=3, window=window)
+    total = epochs * order.n_samples
+    seen: Counter[int] = Counter()
+    for start in range(0, total, batch_size * world_size):
+        for rank in range(world_size):
+            mine = start + rank * batch_size
+            seen.update(ids_of(order, mine, min(mine + batch_size, total)))
+    assert seen == {i: epochs for i in range(order.n_samples)}
+
+
+@given(blocks=BLOCKS, window=st.integers(1, 40), cuts=st.lists(st.integers(0, 60), max_size=6))
+def test_any_division_into_batches_gives_the_same_samples(blocks: list[int], window: int, cuts: list[int]) -> None:
+    whole = SampleOrder(blocks, seed=1, window=window).take(0, 60)
+    order = SampleOrder(blocks, seed=1, window=window)
+    edges = [0, *sorted(cuts), 60]
+    parts = [order.take(start, stop) for start, stop in itertools.pairwise(edges)]
+    for mine, theirs in zip(zip(*parts, strict=True), whole, strict=True):
+        assert np.concatenate(mine).tolist() == theirs.tolist()
+
+
+def test_orders_differ_between_epochs_and_seeds() -> None:
+    orders = {tuple(ids_of(SampleOrder([20], seed=seed), 20 * e, 20 * e + 20)) for seed in range(3) for e in range(3)}
     assert len(orders) == 9
 
 
-def test_epoch_order_cannot_be_changed_by_its_user() -> None:
-    with pytest.raises(ValueError, match="read-only"):
-        epoch_order(0, 0, 4)[0] = 9
+def test_small_set_is_shuffled_as_a_whole_by_one_permutation() -> None:
+    # What runs of earlier versions saw: their order stays.
+    expected = np.random.default_rng([5, 2]).permutation(30)
+    assert ids_of(SampleOrder([10, 20], seed=5, window=30), 60, 90) == expected.tolist()
 
 
-@given(seed=seeds, epoch=st.integers(0, 3), batch_size=sizes, world_size=sizes, extra=st.integers(0, 40))
-@settings(deadline=None, max_examples=30)
-def test_an_epoch_shows_no_sample_twice_over_all_ranks(
-    seed: int, epoch: int, batch_size: int, world_size: int, extra: int
-) -> None:
-    n_samples = batch_size * world_size + extra
-    n_batches = batches_per_epoch(n_samples, batch_size=batch_size, world_size=world_size)
-    seen = [
-        batch_indices(seed, step, n_samples=n_samples, batch_size=batch_size, rank=rank, world_size=world_size)
-        for step in range(epoch * n_batches, (epoch + 1) * n_batches)
-        for rank in range(world_size)
-    ]
-    assert {len(batch) for batch in seen} == {batch_size}
-    ids = np.concatenate(seen)
-    assert len(set(ids.tolist())) == len(ids) == n_batches * batch_size * world_size
-    assert n_samples - len(ids) < batch_size * world_size
+@given(seed=st.integers(0, 20), epoch=st.integers(0, 5))
+def test_window_reads_from_few_blocks(seed: int, epoch: int) -> None:
+    order = SampleOrder([10] * 12, seed=seed, window=30)
+    for start in range(epoch * 120, (epoch + 1) * 120, 30):
+        blocks = {i // 10 for i in ids_of(order, start, start + 30)}
+        assert len(blocks) == 3
 
 
-@given(seed=seeds, step=st.integers(0, 50), batch_size=sizes, world_size=sizes)
-@settings(deadline=None, max_examples=30)
-def test_ranks_joined_are_the_batch_of_one_device(seed: int, step: int, batch_size: int, world_size: int) -> None:
-    ranks = [
-        batch_indices(seed, step, n_samples=60, batch_size=batch_size, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    alone = batch_indices(seed, step, n_samples=60, batch_size=batch_size * world_size)
-    assert np.concatenate(ranks).tolist() == alone.tolist()
+def test_blocks_and_samples_in_windows_change_places() -> None:
+    order = SampleOrder([10] * 12, seed=0, window=30)
+    windows = [frozenset(i // 10 for i in ids_of(order, start, start + 30)) for start in range(0, 240, 30)]
+    assert len(set(windows)) == 8
+    first = ids_of(order, 0, 30)
+    assert first != sorted(first)
+    assert len({i // 10 for i in first[:10]}) > 1
 
 
-def test_samples_left_out_differ_between_epochs() -> None:
-    left_out = {
-        tuple({*range(10)} - {*batch_indices(0, step, n_samples=10, batch_size=8).tolist()}) for step in range(10)
-    }
-    assert len(left_out) > 1
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    weights=st.lists(st.sampled_from([0.25, 0.5, 1, 1.5, 2, 3.3]), min_size=5, max_size=5),
+    window=st.sampled_from([3, 1000]),
+)
+def test_weight_is_how_often_samples_come(sizes: list[int], weights: list[float], window: int) -> None:
+    used = weights[: len(sizes)]
+    if sum(size * weight for size, weight in zip(sizes, used, strict=True)) < 1:
+        return
+    order = SampleOrder(sizes, seed=2, window=window, block_weights=used)
+    ids, draws = order.take(0, order.n_samples)
+    seen = Counter(ids.tolist())
+    starts = np.cumsum([0, *sizes])
+    for block, (size, weight) in enumerate(zip(sizes, used, strict=True)):
+        counts = [seen[i] for i in range(starts[block], starts[block + 1])]
+        assert all(int(weight) <= count <= -int(-weight // 1) for count in counts)
+        if used.count(weight) == 1:
+            assert sum(counts) == int(size * weight + 0.5 + 1e-9)
+    # Whoever comes twice is drawn in another way.
+    assert len(set(zip(ids.tolist(), draws.tolist(), strict=True))) == len(ids)
 
 
-def test_data_set_smaller_than_a_global_batch_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"batch of 12 samples \(4 per device on 3 device\(s\)\), got 11; lower data.batch"
-    ):
+def test_fraction_takes_other_samples_each_epoch_and_no_draw_twice() -> None:
+    order = SampleOrder([10, 10], seed=0, block_weights=[0.5, 1.5])
+    assert order.n_samples == 5 + 15
+    ids, draws = order.take(0, 20 * order.n_samples)
+    pairs = list(zip(ids.tolist(), draws.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)
+    epochs = [frozenset(i for i in ids[start : start + 20].tolist() if i < 10) for start in range(0, 400, 20)]
+    assert {len(epoch) for epoch in epochs} == {5}
+    assert frozenset.union(*epochs) == set(range(10))
+
+
+def test_equal_small_blocks_get_their_share_together() -> None:
+    assert SampleOrder([1] * 10, seed=0, block_weights=[0.3] * 10).n_samples == 3
+
+
+def test_settings_say_what_a_position_depends_on() -> None:
+    assert SampleOrder([4, 5], seed=7).settings == {"seed": 7, "n_samples": 9, "window": 9}
+    assert SampleOrder([4, 5], seed=7, window=3).settings["window"] == 3
+
+
+@pytest.mark.parametrize(("sizes", "weights"), [([], []), ([0, 0], [1, 1]), ([1], [0.2])])
+def test_empty_epoch_is_refused(sizes: list[int], weights: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"at least one sample, got \d with weights"):
+        SampleOrder(sizes, seed=0, block_weights=weights)
+
+
+def test_batches_per_epoch_counts_full_ones() -> None:
+    assert batches_per_epoch(11, batch_size=2, world_size=2) == 2
+    with pytest.raises(ValueError, match=r"global batch of 12 samples \(4 per device on 3 device\(s\)\), got 11"):
         batches_per_epoch(11, batch_size=4, world_size=3)

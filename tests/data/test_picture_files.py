@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dalle1.data.picture_files import find_pictures
-from dalle1.data.shards import BadSampleError
+from dalle1.data.raw_sample import BadSampleError
 
 
 @pytest.fixture

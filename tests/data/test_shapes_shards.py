@@ -49,10 +49,10 @@ def test_shards_hold_the_documented_layout(recipe: ShapesRecipe) -> None:
         "val-00000.tar",
     ]
     index = ShardIndex(f"{recipe.directory}/train-*.tar")
-    assert [index.key(i) for i in range(len(index))] == [f"{i:09d}" for i in range(5)]
-    raw, made = index.read(3), make_sample(0, 3, recipe.mix)
-    assert raw.caption == made.caption
-    assert raw.metadata == {
+    assert [sample.key for sample in index] == [f"{i:09d}" for i in range(5)]
+    raw, made = index[3], make_sample(0, 3, recipe.mix)
+    assert raw.text() == made.caption
+    assert raw.metadata() == {
         "caption": made.caption,
         "key": "000000003",
         "status": "success",
@@ -60,13 +60,13 @@ def test_shards_hold_the_documented_layout(recipe: ShapesRecipe) -> None:
         "height": 16,
         "scene": json.loads(json.dumps(made.scene.to_dict())),
     }
-    assert (np.asarray(Image.open(io.BytesIO(raw.image))) == draw(made.scene, 16)).all()
+    assert (np.asarray(Image.open(io.BytesIO(raw.image()))) == draw(made.scene, 16)).all()
 
 
 def test_test_split_shows_held_out_pairs_and_the_others_do_not(recipe: ShapesRecipe) -> None:
     write_shapes(recipe)
     for split in ("train", "val", "test"):
-        for caption in ShardIndex(f"{recipe.directory}/{split}-*.tar").captions():
+        for caption in (sample.text() for sample in ShardIndex(f"{recipe.directory}/{split}-*.tar")):
             pairs = {(thing.color, thing.shape) for thing in parse(caption).things}
             assert bool(pairs & HELD_OUT) == (split == "test")
 
@@ -77,7 +77,7 @@ def test_no_scene_occurs_in_two_splits_or_under_two_seeds(recipe: ShapesRecipe) 
         seeded = replace(recipe, directory=f"{recipe.directory}-{seed}", seed=seed)
         write_shapes(seeded)
         index = ShardIndex(f"{seeded.directory}/*.tar")
-        scenes += [json.dumps(index.metadata(i)["scene"]) for i in range(len(index))]
+        scenes += [json.dumps(sample.metadata()["scene"]) for sample in index]
     assert len(set(scenes)) == len(scenes) == 20
 
 

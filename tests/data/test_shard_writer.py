@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from dalle1.data.shard_writer import EncodedPicture, write_shard
-from dalle1.data.shards import RawSample, ShardIndex
+from dalle1.data.shards import ShardIndex
 
 PICTURES = [
     EncodedPicture(extension="png", data=b"first", width=3, height=2, caption="a red dot", metadata={"scene": [1]}),
@@ -17,10 +17,11 @@ PICTURES = [
 def test_written_shard_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     assert write_shard(path, iter(PICTURES), first=7) == 2
-    first, second = (ShardIndex(str(path)).read(i) for i in range(2))
+    first, second = ShardIndex(str(path))
     metadata = {"caption": "a red dot", "key": "000000007", "status": "success", "width": 3, "height": 2, "scene": [1]}
-    assert first == RawSample(key="000000007", shard=str(path), image=b"first", caption="a red dot", metadata=metadata)
-    assert (second.key, second.image, second.caption) == ("000000008", b"second", "ein grüner Punkt")
+    assert (first.key, first.container) == ("000000007", str(path))
+    assert (first.image(), first.text(), first.metadata()) == (b"first", "a red dot", metadata)
+    assert (second.key, second.image(), second.text()) == ("000000008", b"second", "ein grüner Punkt")
 
 
 def test_bytes_of_a_shard_never_change(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dalle1.data import shards
-from dalle1.data.shards import BadSampleError, ShardIndex, expand_shards
+from dalle1.data.raw_sample import BadSampleError
+from dalle1.data.shards import ShardIndex, expand_shards
 
 WriteShard = Callable[[str, list[tuple[str, bytes]]], str]
 MakeSamples = Callable[..., list[tuple[str, bytes]]]
@@ -77,11 +78,12 @@ def test_index_reads_samples_of_all_shards_in_any_order(write_shard: WriteShard,
     index = ShardIndex([write_shard("a.tar", members[:6]), write_shard("b.tar", members[6:])])
     assert len(index) == 5
     for i in (4, 0, 3, 0):
-        sample = index.read(i)
-        assert (sample.key, sample.caption, sample.metadata) == (f"{i:06d}", f"number {i}", {"number": i})
-        assert sample.image == dict(members)[f"{i:06d}.png"]
-        assert os.path.basename(sample.shard) == ("a.tar" if i < 2 else "b.tar")
-    assert list(index.captions()) == [f"number {i}" for i in range(5)]
+        sample = index[i]
+        assert (sample.key, sample.text(), sample.metadata()) == (f"{i:06d}", f"number {i}", {"number": i})
+        assert sample.image() == dict(members)[f"{i:06d}.png"]
+        assert os.path.basename(sample.container) == ("a.tar" if i < 2 else "b.tar")
+    assert [sample.text() for sample in index] == [f"number {i}" for i in range(5)]
+    assert index.block_sizes.tolist() == [2, 3]
 
 
 def test_key_is_the_directory_and_the_name_before_the_first_dot(write_shard: WriteShard) -> None:
@@ -97,15 +99,15 @@ def test_key_is_the_directory_and_the_name_before_the_first_dot(write_shard: Wri
         ("notes.md", b"no sample"),
     ]
     index = ShardIndex(write_shard("a.tar", members))
-    assert [index.key(i) for i in range(len(index))] == ["x/1", "y/1", "2"]
-    assert list(index.captions()) == ["one", "two", ""]
-    assert [index.image(i) for i in range(3)] == [b"J", b"K", b"W"]
+    assert [sample.key for sample in index] == ["x/1", "y/1", "2"]
+    assert [sample.text() for sample in index] == ["one", "two", ""]
+    assert [sample.image() for sample in index] == [b"J", b"K", b"W"]
 
 
 def test_members_of_a_sample_need_not_be_neighbours(write_shard: WriteShard) -> None:
     index = ShardIndex(write_shard("a.tar", [("1.jpg", b"A"), ("2.jpg", b"B"), ("2.txt", b"two"), ("1.txt", b"one")]))
-    assert [index.read(i).caption for i in range(2)] == ["one", "two"]
-    assert index.metadata(0) == {}
+    assert [sample.text() for sample in index] == ["one", "two"]
+    assert index[0].metadata() == {}
 
 
 @pytest.mark.parametrize(
@@ -128,15 +130,15 @@ def test_missing_and_undecodable_parts_are_named_when_read(write_shard: WriteSha
     ]
     index = ShardIndex(write_shard("a.tar", members))
     with pytest.raises(BadSampleError, match=r"sample '1' in '.*a\.tar' has no caption \(\.txt\)"):
-        index.read(0)
+        index[0].text()
     with pytest.raises(BadSampleError, match=r"sample '2' in '.*a\.tar' has no picture"):
-        index.read(1)
+        index[1].image()
     with pytest.raises(BadSampleError, match=r"caption of sample '3' in '.*a\.tar' is not UTF-8 text \(.*0xe9.*\)"):
-        index.read(2)
+        index[2].text()
     with pytest.raises(BadSampleError, match=r"metadata of sample '3' in '.*a\.tar' is not JSON"):
-        index.metadata(2)
+        index[2].metadata()
     with pytest.raises(BadSampleError, match=r"metadata of sample '4' in '.*a\.tar' must be a JSON object, got list"):
-        index.metadata(3)
+        index[3].metadata()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar file" * 100, b"\x1f\x8b compressed"])
@@ -164,14 +166,16 @@ def test_shard_cut_after_the_scan_is_reported(write_shard: WriteShard, make_samp
     path = write_shard("a.tar", make_samples(2))
     index = ShardIndex(path)
     os.truncate(path, 1000)
-    with pytest.raises(OSError, match=r"shard '.*a\.tar' became shorter"):
-        index.read(1)
+    with pytest.raises(
+        BadSampleError, match=r"'000001' in '.*a\.tar' cannot be read \(the shard was changed while in use\)"
+    ):
+        index[1].image()
 
 
 def test_index_survives_pickling_after_use(write_shard: WriteShard, make_samples: MakeSamples) -> None:
     index = ShardIndex(write_shard("a.tar", make_samples(2)))
-    before = index.read(1)
-    assert pickle.loads(pickle.dumps(index)).read(1) == before
+    before = index[1].image()
+    assert pickle.loads(pickle.dumps(index))[1].image() == before
 
 
 def test_number_of_open_shards_is_bounded(
@@ -181,7 +185,7 @@ def test_number_of_open_shards_is_bounded(
     n_open_before = len(os.listdir("/dev/fd"))
     index = ShardIndex([write_shard(f"{i}.tar", make_samples(1, start=i)) for i in range(4)])
     for i in (0, 1, 2, 3, 0, 3):
-        assert index.caption(i) == f"number {i}"
+        assert index[i].text() == f"number {i}"
     assert len(os.listdir("/dev/fd")) == n_open_before + 2
     del index
     assert len(os.listdir("/dev/fd")) == n_open_before

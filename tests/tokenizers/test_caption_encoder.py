@@ -77,6 +77,23 @@ def test_draw_that_is_too_long_and_must_not_be_cut_has_no_dropout() -> None:
 
 
 @pytest.mark.parametrize("draw", [None, "0|0|0"])
+def test_endless_caption_is_read_as_far_as_it_can_matter(draw: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = f"  {CAPTION} " * 30_000
+    expected = encoder(seq_len=9, truncate=True)(endless[:900], draw).tokens
+    read: list[int] = []
+    ids = TextTokenizer.ids
+    monkeypatch.setattr(TextTokenizer, "ids", lambda self, text: read.append(len(text)) or ids(self, text))
+    tokens, is_cut = encoder(seq_len=9, truncate=True)(endless, draw)
+    assert torch.equal(tokens, expected)
+    assert is_cut
+    assert read == [900]
+    with pytest.raises(
+        ValueError, match=r"at most 9 tokens, got one of 1,0\d\d,\d\d\d characters; truncate_captions=true"
+    ):
+        encoder(seq_len=9)(endless, draw)
+
+
+@pytest.mark.parametrize("draw", [None, "0|0|0"])
 def test_empty_caption_is_refused(draw: str | None) -> None:
     with pytest.raises(ValueError, match="caption must not be empty"):
         encoder()(" \n", draw)

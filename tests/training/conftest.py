@@ -32,6 +32,7 @@ TINY = {
         *("optim.max_steps=8", "optim.warmup_steps=1", "optim.batch_size=4"),
         *("optim.codebook_start_step=3", "optim.codebook_start_pictures=16", "optim.temperature_steps=6"),
     ],
+    "tokens": [],
     "clip": [
         *("model.image_width=16", "model.image_layers=1", "model.text_width=16", "model.text_layers=1"),
         *("model.patch_size=8", "optim.max_steps=8", "optim.warmup_steps=1", "optim.batch_size=4"),

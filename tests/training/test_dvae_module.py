@@ -17,7 +17,8 @@ from stage_runs import Train
 from torch import Tensor
 
 from dalle1.checkpoint import load_dvae, read_checkpoint, weights_sha256
-from dalle1.data.dataset import Batch, PairDataset, collate
+from dalle1.data.dataset import PairDataset
+from dalle1.data.preparation import Batch, Preparation, collate
 from dalle1.data.shards import ShardIndex
 from dalle1.evaluation.codebook_usage import codebook_usage
 from dalle1.evaluation.image_quality import psnr_db, squared_error, ssim
@@ -56,7 +57,7 @@ def validated(module: DVAEModule, batch: Batch, batch_idx: int = 0) -> dict[str,
 def test_summary_is_what_the_checkpoint_gives(trained: Path, shapes: Path) -> None:
     summary = json.loads((trained / "dvae" / "summary.json").read_text())
     dvae = load_dvae(trained / "dvae" / "checkpoints" / "last.ckpt").model
-    pictures = PairDataset(ShardIndex(f"{shapes}/val-*.tar"), image_size=16)
+    pictures = PairDataset(ShardIndex(f"{shapes}/val-*.tar"), Preparation(image_size=16))
     image = collate([pictures[i] for i in range(len(pictures))])["image"]
 
     logits = dvae.logits(image)

@@ -179,15 +179,22 @@ def test_continued_run_logs_where_it_would_have(train: Train, trained: Path, tmp
         ("optim.lr=1e-4", r"another optim.lr \(0.003, not 0.0001\)"),
         ("optim.kl_weight=9", r"another optim.kl_weight \(.*, not 9\)"),
         ("data.seed=5", r"another data.seed \(0, not 5\)"),
-        ("data.augmentation=dvae", r"another data.augmentation \(none, not dvae\)"),
+        (("data.augmentation=dvae", "data.cache_images=false"), r"another data.augmentation \(none, not dvae\)"),
         ("data.background=red", r"another data.background \(white, not red\)"),
+        ("data.caption=lines", r"another data.caption \(text, not lines\)"),
+        ("filters.min_side=4", r"another data.filters \(.*'min_side': None.*, not .*'min_side': 4"),
         ("data.small_pictures=refuse", r"another data.small_pictures \(enlarge, not refuse\)"),
-        ("data.train=elsewhere/mine-*.tar", r"another data.train \(\['train-\*.tar'\], not \['mine-\*.tar'\]\)"),
+        (
+            "data.train=elsewhere/mine-*.tar",
+            r"another data.train \(\[\['train-\*.tar', 1.0\]\], not \[\['mine-\*.tar', 1.0\]\]\)",
+        ),
     ],
 )
-def test_run_with_other_options_is_refused(train: Train, trained: Path, override: str, message: str) -> None:
+def test_run_with_other_options_is_refused(
+    train: Train, trained: Path, override: str | tuple[str, ...], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        train(trained, "dvae", override)
+        train(trained, "dvae", *([override] if isinstance(override, str) else override))
 
 
 def test_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(

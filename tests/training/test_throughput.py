@@ -11,6 +11,7 @@ import pytest
 import torch
 from stage_runs import Train
 
+from dalle1.data.loader import ResumableLoader
 from dalle1.training import throughput
 from dalle1.training.stage_module import StageModule
 from dalle1.training.throughput import Throughput, matmul_rate
@@ -22,6 +23,13 @@ def test_matmul_rate_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(times))
     rate = matmul_rate(torch.device("cpu"), torch.float32, side=8, repeats=3)
     assert rate == 2 * 8**3 / 2
+
+
+class _Loader(ResumableLoader):
+    """One that has only waited."""
+
+    def __init__(self) -> None:
+        self.wait_seconds = 3.0
 
 
 class _Module(StageModule):
@@ -48,27 +56,36 @@ def test_tokens_and_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     clock = [0.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(throughput, "matmul_rate", lambda *_, **__: 1000.0)
-    trainer: Any = SimpleNamespace(world_size=2, log_every_n_steps=3, global_step=0, precision="32-true")
+    loader = _Loader()
+    trainer: Any = SimpleNamespace(world_size=2, log_every_n_steps=3, global_step=0, train_dataloader=loader)
     module, callback = _Module(), Throughput()
     callback.on_train_start(trainer, module)
     for step in range(1, 7):
         clock[0] += 2.0  # seconds per update of 5 samples on each of 2 devices
+        loader.wait_seconds += 0.5
         trainer.global_step = step
-        callback.on_train_batch_end(trainer, module, None, {"image": [0] * 5}, step - 1)
+        callback.on_train_batch_end(trainer, module, None, {"index": [0] * 5}, step - 1)
         if step == 4:
             clock[0] += 100.0
+            loader.wait_seconds += 7.0
             callback.on_validation_start(trainer, module)
     # 5 samples per second: of 10 tokens, and 500 of the 2000 operations per second that both devices could make. The
     # pause is no part of it, and after it the clock starts with the next update.
-    assert module.logged == [("perf/tokens_per_second", 50.0), ("perf/mfu", 0.25)] * 2
+    of_data = [("perf/samples_per_second", 5.0), ("perf/data_wait", 0.25)]
+    assert module.logged == [*of_data, ("perf/tokens_per_second", 50.0), ("perf/mfu", 0.25)] * 2
 
 
-def test_stages_without_a_cost_log_nothing() -> None:
+def test_stages_without_a_cost_log_their_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 3.0, 3.0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(times))
     module = _Module()
     module.flops_per_sample = 0
-    trainer: Any = SimpleNamespace(world_size=1, log_every_n_steps=1, global_step=1)
-    Throughput().on_train_batch_end(trainer, module, None, {"image": [0]}, 0)
-    assert module.logged == []
+    trainer: Any = SimpleNamespace(world_size=1, log_every_n_steps=1, global_step=1, train_dataloader=_Loader())
+    callback = Throughput()
+    callback.on_train_start(trainer, module)
+    for _ in range(2):
+        callback.on_train_batch_end(trainer, module, None, {"index": [0]}, 0)
+    assert module.logged == [("perf/samples_per_second", 0.5), ("perf/data_wait", 0.0)]
 
 
 def test_a_transformer_run_logs_its_speed(train: Train, trained: Path, tmp_path: Path) -> None:

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dalle1.data.dataset import Batch, PairDataset, Sample, collate
-from dalle1.data.order import batch_indices, batches_per_epoch
+from dalle1.data.dataset import PairDataset
+from dalle1.data.findings import Findings
+from dalle1.data.order import SampleOrder, batches_per_epoch
+from dalle1.data.preparation import Batch, Sample, collate
+
+logger = logging.getLogger(__name__)
 
 
 class ResumableLoader:
-    """Training batches in an order that depends on the seed alone and continues exactly where it stopped.
+    """Training batches in the order of a `SampleOrder`, which continues exactly where it stopped.
 
-    All of its state is the number of batches handed out since the start of training, and the findings made in
-    them. Both are counted here, in the main process, so batches that workers have prepared but nobody has seen are
-    simply prepared again. The number is the same on all ranks; the findings are this rank's. One pass over the
-    loader ends at the end of the epoch; the next pass continues from there. Do not iterate over it twice at the
-    same time.
+    All of its state is the number of samples handed out since the start of training, over all ranks, and the findings
+    made in them. Both are counted here, in the main process, so batches that workers have prepared but nobody has seen
+    are simply prepared again. The number is the same on all ranks; the findings are this rank's.
+
+    One pass has as many full batches as an epoch; the next one continues with the samples that are left. Do not iterate
+    over it twice at the same time.
+
+    With another batch size or number of devices a run continues with the next sample all the same: those handed out are
+    handed out, and the others follow in their order in batches of the new size.
+
+    Attributes:
+        dataset: The samples.
+        wait_seconds: How long the training loop has waited for batches so far.
     """
 
     def __init__(
         self,
         dataset: PairDataset,
+        order: SampleOrder,
         *,
         batch_size: int,
-        seed: int,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
@@ -37,21 +51,20 @@ class ResumableLoader:
 
         Args:
             dataset: The samples.
+            order: Which come when.
             batch_size: Samples per device and batch.
-            seed: Decides the order, >= 0; augmentation and varied captions have the seed of `dataset`.
             rank: Number of this device, from 0.
             world_size: Number of devices.
             num_workers: Processes that decode; 0 decodes in this one.
             pin_memory: Deliver in page-locked memory, for faster copies to a GPU.
 
         Raises:
-            ValueError: If the data set is smaller than one global batch.
+            ValueError: If an epoch is smaller than one global batch.
         """
-        self._sampler = _RestOfEpoch(
-            seed=seed, n_samples=len(dataset), batch_size=batch_size, rank=rank, world_size=world_size
-        )
+        self._sampler = _RestOfPass(order, batch_size=batch_size, rank=rank, world_size=world_size)
         self.dataset = dataset
-        self._options = _options(num_workers, pin_memory)
+        self.wait_seconds = 0.0
+        self._options = loader_options(num_workers, pin_memory)
         self._loader = self._idle_loader()
 
     def close(self) -> None:
@@ -62,74 +75,118 @@ class ResumableLoader:
         self._loader = self._idle_loader()
 
     def _idle_loader(self) -> DataLoader[Sample]:
-        return DataLoader(_SamplesByEpoch(self.dataset), batch_sampler=self._sampler, **self._options)
+        return DataLoader(_DrawnSamples(self.dataset), batch_sampler=self._sampler, collate_fn=collate, **self._options)
 
     def __len__(self) -> int:
-        """Batches per epoch, wherever in it the loader stands."""
-        return self._sampler.batches_per_epoch
+        """Batches of a pass, wherever in it the loader stands."""
+        return self._sampler.batches_per_pass
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from here to the end of the epoch."""
-        for batch in _recorded(self._loader, self.dataset):
+        """The batches from here to the end of the pass."""
+        batches = _recorded(self._loader, self.dataset)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_seconds += time.perf_counter() - started
+            if batch is None:
+                return
             # Before the yield: a checkpoint saved while this batch is in use must not repeat it.
-            self._sampler.n_batches += 1
+            self._sampler.advance()
             yield batch
 
+    @property
+    def findings(self) -> Findings:
+        """What was found wrong so far, on this device."""
+        return self.dataset.findings
+
+    def first_samples(self, count: int) -> list[Sample]:
+        """The first samples of the data set, as validation would show them."""
+        return [self.dataset[i] for i in range(min(count, len(self.dataset)))]
+
+    def spread_samples(self, count: int) -> list[Sample]:
+        """Samples from all over the data set; the same on every rank."""
+        n_samples = len(self.dataset)
+        count = min(count, n_samples)
+        return [self.dataset[i * n_samples // count] for i in range(count)]
+
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches handed out and the settings that it holds for; the data set's findings."""
-        findings = dict(self.dataset.findings)
-        return {"n_batches": self._sampler.n_batches, **self._sampler.order, "findings": findings}
+        """How many samples were handed out, what that number means, and the data set's findings."""
+        return {**self._sampler.state_dict(), "findings": self.dataset.findings.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batches that `state` counts.
+        """Continue after the samples that `state` counts.
 
-        Raises: ValueError if it was saved with another seed, data set size, batch size or number of devices.
+        Raises: ValueError if it was saved with another seed, number of samples or window, or by another version.
         """
-        changes = [
-            f"{name} {state[name]}, not {now}" for name, now in self._sampler.order.items() if state[name] != now
-        ]
-        if changes:
-            raise ValueError(
-                f"the data order can only be resumed with the settings it was saved with: {'; '.join(changes)}; "
-                "restore them, or start a new run from the saved weights"
-            )
-        self._sampler.n_batches = state["n_batches"]
-        self.dataset.findings.update(state["findings"])
+        self._sampler.load_state_dict(state)
+        self.dataset.findings.load_state_dict(state["findings"])
 
 
-class _SamplesByEpoch(Dataset[Sample]):
-    """The data set as a sampler asks for it that knows the epoch."""
+class _DrawnSamples(Dataset[Sample]):
+    """The data set as the sampler asks for it."""
 
     def __init__(self, dataset: PairDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, epoch_and_i: tuple[int, int]) -> Sample:
-        epoch, i = epoch_and_i
-        return self._dataset.sample(i, epoch)
+    def __getitem__(self, i_and_draw: tuple[int, int]) -> Sample:
+        return self._dataset.sample(*i_and_draw)
 
 
 def _recorded(batches: Iterable[Batch], dataset: PairDataset) -> Iterator[Batch]:
     """The batches; what workers found in making them is noted in this process's data set."""
     for batch in batches:
-        dataset.findings.update(batch["findings"])
+        dataset.findings.add(batch["findings"], n_wanted=len(batch["index"]))
         yield batch
 
 
-class _RestOfEpoch:
-    """A batch sampler: each pass yields (epoch, sample id) from batch number `n_batches` to the end of its epoch."""
+class _RestOfPass:
+    """A batch sampler: each time it yields (sample number, draw) from where it stands to the end of the pass."""
 
-    def __init__(self, *, seed: int, n_samples: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.n_batches = 0
-        self.batches_per_epoch = batches_per_epoch(n_samples, batch_size=batch_size, world_size=world_size)
-        # What has to stay the same for `n_batches` to mean the same samples, on all ranks.
-        self.order = {"seed": seed, "n_samples": n_samples, "batch_size": batch_size, "world_size": world_size}
+    def __init__(self, order: SampleOrder, *, batch_size: int, rank: int, world_size: int) -> None:
+        self._order = order
+        self._batch_size = batch_size
         self._rank = rank
+        self._world_size = world_size
+        self.batches_per_pass = batches_per_epoch(order.n_samples, batch_size=batch_size, world_size=world_size)
+        self._n_samples = self._n_batches_of_pass = 0  # handed out
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.n_batches // self.batches_per_epoch
-        for step in range(self.n_batches, (epoch + 1) * self.batches_per_epoch):
-            ids = batch_indices(step=step, rank=self._rank, **self.order).tolist()
-            yield [(epoch, i) for i in ids]
+        start = self._n_samples + self._rank * self._batch_size
+        # A batch size that is larger than before may leave nothing of the pass.
+        for _ in range(self._n_batches_of_pass % self.batches_per_pass, self.batches_per_pass):
+            ids, draws = self._order.take(start, start + self._batch_size)
+            yield list(zip(ids.tolist(), draws.tolist(), strict=True))
+            start += self._batch_size * self._world_size
+
+    def advance(self) -> None:
+        """A batch was handed out."""
+        self._n_samples += self._batch_size * self._world_size
+        self._n_batches_of_pass = self._n_batches_of_pass % self.batches_per_pass + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "samples_handed_out": self._n_samples,
+            "batches_of_pass": self._n_batches_of_pass,
+            "global_batch_size": self._batch_size * self._world_size,
+            **self._order.settings,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "samples_handed_out" not in state:
+            raise ValueError(
+                "the order of samples can only be resumed with the backend and the version of dalle1 that saved it; "
+                "use these, or start a new run"
+            )
+        self._order.check_settings(state, what="samples")
+        size = self._batch_size * self._world_size
+        if state["global_batch_size"] != size and self._rank == 0:
+            logger.warning(
+                "continuing after sample %s with %s samples in a batch over all devices, not %s as before",
+                *(f"{number:,}" for number in (state["samples_handed_out"], size, state["global_batch_size"])),
+            )
+        self._n_samples = state["samples_handed_out"]
+        # Of a pass of another length too, because Lightning counts on from there.
+        self._n_batches_of_pass = min(state["batches_of_pass"], self.batches_per_pass)
 
 
 class ValidationLoader(DataLoader[Sample]):
@@ -140,6 +197,10 @@ class ValidationLoader(DataLoader[Sample]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """All batches."""
         return _recorded(super().__iter__(), self.dataset)
+
+    def first_samples(self, count: int) -> list[Sample]:
+        """The first samples of the data set, on every rank the same."""
+        return [self.dataset[i] for i in range(min(count, len(self.dataset)))]
 
 
 def validation_loader(
@@ -162,12 +223,13 @@ def validation_loader(
             f"validation needs at least as many samples as devices ({world_size}), got {len(dataset)}; add to data.val"
         )
     mine = range(rank, len(dataset), world_size)
-    return ValidationLoader(dataset, sampler=mine, batch_size=batch_size, **_options(num_workers, pin_memory))
+    options = loader_options(num_workers, pin_memory)
+    return ValidationLoader(dataset, sampler=mine, batch_size=batch_size, collate_fn=collate, **options)
 
 
-def _options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
+def loader_options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
+    """Arguments of every `DataLoader` here."""
     return {
-        "collate_fn": collate,
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "pin_memory": pin_memory,

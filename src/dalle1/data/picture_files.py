@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from dalle1.data.sampled_picture import MANIFEST_NAME, PICTURE_NAME
+from dalle1.data.folders import pictures_below
+from dalle1.data.raw_sample import CAPTION, RawSample
 from dalle1.data.shards import ShardIndex
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 _LONGEST_NAME = 150  # bytes; file systems allow 255, and files have longer names while they are written
 
 
@@ -67,28 +67,11 @@ def _expand(pattern: str) -> Iterator[str]:
         raise FileNotFoundError(f"no picture, folder or shard at {pattern!r}; correct the path")
     for path in matches:
         if os.path.isdir(path):
-            yield from _pictures_below(path)
+            yield from pictures_below(path)
         elif os.path.isfile(path):
             yield path
         else:
             raise ValueError(f"pictures must be files, folders or shards, got {path!r}, which is none of them")
-
-
-def _pictures_below(folder: str) -> list[str]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    found = []
-    for directory, subfolders, names in os.walk(folder, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        sampled = [name for name in names if PICTURE_NAME.fullmatch(name)]
-        if MANIFEST_NAME in names and sampled:  # a run of sample.py: its pictures, not the grids of them
-            names = sampled
-        names = [name for name in names if name.lower().endswith(_EXTENSIONS) and not name.startswith(".")]
-        found += [os.path.join(directory, name) for name in names]
-    if not found:
-        raise FileNotFoundError(f"folder {folder!r} must hold pictures ({', '.join(_EXTENSIONS)}), it has none")
-    return sorted(found)
 
 
 def _open(path: str) -> Iterator[PictureFile]:
@@ -100,13 +83,17 @@ def _open(path: str) -> Iterator[PictureFile]:
         return
     shard = ShardIndex(path)
     for i in range(len(shard)):
-        key = shard.key(i)
+        sample = shard[i]
         yield PictureFile(
-            source=f"{path}/{key}",
-            stem=PurePosixPath(key).name,
-            read=partial(shard.image, i),
-            read_caption=partial(shard.caption, i) if shard.has_caption(i) else lambda: None,
+            source=f"{path}/{sample.key}",
+            stem=PurePosixPath(sample.key).name,
+            read=sample.image,
+            read_caption=partial(_caption_of, sample),
         )
+
+
+def _caption_of(sample: RawSample) -> str | None:
+    return None if sample.part(CAPTION) is None else sample.text()
 
 
 def _caption_beside(picture: Path) -> str | None:

@@ -68,8 +68,13 @@ class ShapesRecipe:
         """
         directory = Path(self.directory)
         if not directory.exists():
-            write_shapes(self)
-            return
+            try:
+                write_shapes(self)
+                return
+            except OSError:
+                # Another process, which was started together with this one, has made it first.
+                if not directory.exists():
+                    raise
         manifest = directory / MANIFEST
         if not manifest.is_file():
             raise FileExistsError(f"directory {self.directory!r} has no {MANIFEST}; choose another directory")

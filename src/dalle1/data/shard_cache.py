@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,36 +22,36 @@ from platformdirs import user_cache_path
 from tqdm import tqdm
 
 from dalle1.atomic_files import atomic
+from dalle1.data.raw_sample import N_PARTS
 from dalle1.data.shard_scan import ShardContent, scan_shard
 
 logger = logging.getLogger(__name__)
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _SETTLED_NS = 2_000_000_000  # file systems have times as coarse as two seconds
 _MOST_THREADS = 16  # they mostly wait for the disk or the network
 
 
-def read_shards(shards: Sequence[str]) -> list[ShardContent]:
-    """What each shard holds: as remembered if it has not changed, else from its headers, several shards at once.
+def read_shards(shards: Sequence[str]) -> Iterator[ShardContent]:
+    """What each shard holds: as remembered if it has not changed, else from its headers, several shards at once."""
+    # `map` cancels what is not begun when this generator is left, as after Ctrl-C.
+    with ThreadPoolExecutor(min(max(1, len(shards)), _MOST_THREADS)) as pool:
+        contents = pool.map(_read_shard, shards)
+        # Remembered shards take no time worth a bar.
+        bar = tqdm(contents, "reading shard headers", len(shards), unit=" shards", delay=1.0, disable=None)
+        yield from bar
 
-    Raises: as `scan_shard`, for the first shard in the list that has something wrong.
-    """
-    contents = {shard: _recall(shard) for shard in shards}
-    unknown = [shard for shard, content in contents.items() if content is None]
-    if unknown:
-        # `map` cancels what is not begun after Ctrl-C or a bad shard.
-        with ThreadPoolExecutor(min(len(unknown), _MOST_THREADS)) as pool:
-            scanned = pool.map(_scan_and_remember, unknown)
-            bar = tqdm(scanned, desc="reading shard headers", total=len(unknown), unit=" shards", disable=None)
-            contents |= dict(zip(unknown, bar, strict=True))
-    return [content for content in contents.values() if content is not None]
+
+def _read_shard(shard: str) -> ShardContent:
+    return _recall(shard) or _scan_and_remember(shard)
 
 
 def _scan_and_remember(shard: str) -> ShardContent:
     # Before it is read: what changes meanwhile is another state.
-    state = _state(shard)
+    state = shard_state(shard)
     content = scan_shard(shard)
-    if time.time_ns() - state[1] > _SETTLED_NS:
+    # A damaged shard is going to be replaced.
+    if is_settled(state) and not content.damages:
         try:
             with atomic(_cache_path(shard)) as temporary, open(temporary, "wb") as file:
                 keys = np.frombuffer(json.dumps(content.keys).encode(), dtype=np.uint8)
@@ -65,22 +65,38 @@ def _recall(shard: str) -> ShardContent | None:
     try:
         # Opened here, because NumPy leaves a damaged file open.
         with open(_cache_path(shard), "rb") as file, np.load(file, allow_pickle=False) as stored:
-            if tuple(stored["state"].tolist()) != _state(shard):
+            state = tuple(stored["state"].tolist())
+            if state != shard_state(shard):
                 return None
             keys, byte_ranges = json.loads(stored["keys"].tobytes()), stored["byte_ranges"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or a damaged one: it is made again
         return None
-    is_whole = byte_ranges.dtype == np.int64 and byte_ranges.shape == (len(keys), 3, 2)
-    return ShardContent(keys=keys, byte_ranges=byte_ranges) if is_whole else None
+    is_whole = byte_ranges.dtype == np.int64 and byte_ranges.shape == (len(keys), N_PARTS, 2)
+    if not is_whole:
+        return None
+    return ShardContent(keys=keys, byte_ranges=byte_ranges, state=(int(state[0]), int(state[1])))
 
 
-def _state(shard: str) -> tuple[int, int, int]:
-    """What changes if the shard does, or what is remembered of it."""
-    facts = os.stat(shard)
+def shard_state(shard: str) -> tuple[int, int, int] | None:
+    """What changes if the shard does, or what is remembered of it; None if there is no such shard."""
+    try:
+        facts = os.stat(shard)
+    except OSError:
+        return None
     return facts.st_size, facts.st_mtime_ns, _FORMAT_VERSION
+
+
+def is_settled(state: tuple[int, int, int] | None) -> bool:
+    """Whether a shard is there and the next change of it will show."""
+    return state is not None and time.time_ns() - state[1] > _SETTLED_NS
 
 
 def _cache_path(shard: str) -> Path:
     name = hashlib.sha256(os.fsencode(os.path.realpath(shard))).hexdigest()
+    return cache_directory() / "shards" / f"{name}.npz"
+
+
+def cache_directory() -> Path:
+    """Where what was found out about shards is remembered."""
     directory = os.environ.get("DALLE1_CACHE_DIR")
-    return (Path(directory) if directory else user_cache_path("dalle1")) / "shards" / f"{name}.npz"
+    return Path(directory) if directory else user_cache_path("dalle1")

@@ -9,60 +9,46 @@ member's directory and its file name up to the first dot. Nothing is unpacked to
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
 
+from dalle1.data.raw_sample import RawSample
+from dalle1.data.sample_index import PackedStrings, SampleIndex
 from dalle1.data.shard_cache import read_shards
-from dalle1.data.shard_scan import ABSENT, CAPTION, METADATA, PICTURE
+from dalle1.data.shard_scan import ABSENT
 
 # Far below the usual limit of 1024 open files per process.
-MAX_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 256
 
 
-class BadSampleError(ValueError):
-    """A sample that cannot be used. The message is one sentence that names its key and its shard."""
-
-    def __init__(self, message: str, kind: str = "unusable sample") -> None:
-        """`kind` says in a few words what is wrong; bad samples are counted by it."""
-        super().__init__(message)
-        self.kind = kind
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawSample:
-    """One sample as it lies in its shard; `image` is the undecoded picture file."""
-
-    key: str
-    shard: str
-    image: bytes
-    caption: str
-    metadata: dict[str, Any]
-
-
-def expand_shards(patterns: str | list[str]) -> list[str]:
+def expand_shards(patterns: str | list[str], *, missing_ok: bool = False) -> list[str]:
     """Paths of the shards that `patterns` name: each a path, a glob, whose matches are sorted, or either with braces.
 
-    `a-{000..041}.tar` are 42 names, `{a,b}.tar` two, as in a shell; each of them must be there.
+    `a-{000..041}.tar` are 42 names, `{a,b}.tar` two, as in a shell; each of them must be there, unless `missing_ok`.
 
     Raises: TypeError if it is neither a string nor a list of strings; ValueError for addresses, pipes,
         directories, braces without their partners and shards named twice; FileNotFoundError for a pattern without a
         match.
     """
     listed = shard_patterns(patterns)
-    shards = [shard for pattern in listed for part in _expand_braces(pattern) for shard in _expand(part)]
+    shards = [shard for pattern in listed for name in expand_braces(pattern) for shard in _expand(name, missing_ok)]
     if not shards:
         raise ValueError("shards must name at least one tar file, got an empty list")
-    for shard, count in Counter(shards).items():
-        if count > 1:
-            raise ValueError(f"each shard must be named once, got {shard!r} {count} times; make the patterns disjoint")
+    check_distinct(shards)
     return shards
+
+
+def check_distinct(paths: Sequence[str]) -> None:
+    """Raise ValueError if two paths lead to the same file."""
+    for path, count in Counter(map(os.path.realpath, paths)).items():
+        if count > 1:
+            raise ValueError(f"each shard must be named once, got {path!r} {count} times; make the patterns disjoint")
 
 
 def shard_patterns(patterns: str | list[str]) -> list[str]:
@@ -76,7 +62,11 @@ def shard_patterns(patterns: str | list[str]) -> list[str]:
     return listed
 
 
-def _expand_braces(pattern: str) -> Iterator[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
+    """The names that a range or list in braces stands for; a file of that very name is itself.
+
+    Raises: ValueError for braces without their partners.
+    """
     if os.path.exists(pattern):  # a file may be called anything
         yield pattern
         return
@@ -87,47 +77,59 @@ def _expand_braces(pattern: str) -> Iterator[str]:
         raise ValueError(f"shards must have as many {{ as }} in their name, got {pattern!r}; correct it") from error
 
 
-def _expand(pattern: str) -> list[str]:
+def _expand(pattern: str, missing_ok: bool) -> list[str]:
     if pattern.startswith("pipe:") or "://" in pattern:
         raise ValueError(f"shards must be local tar files, got {pattern!r}; download them and give their path")
     if pattern.endswith("/") or os.path.isdir(pattern):
         raise ValueError(f"shards must be tar files, got directory {pattern!r}; write '{pattern.rstrip('/')}/*.tar'")
-    shards = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+    shards = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if not shards and missing_ok and glob.escape(pattern) == pattern:
+        return [pattern]
     if not shards:
         raise FileNotFoundError(f"no shards match {pattern!r}; correct the path, or make or download the data first")
     return shards
 
 
-class ShardIndex:
-    """The samples of local tar shards, numbered from 0 in the order of the shards and of their members.
+class ShardIndex(SampleIndex):
+    """The samples of local tar shards, in the order of the shards and of their members.
 
-    Building it reads all tar headers, unless they are remembered (`shard_cache`), but no content. It can be pickled and
-    used after a fork.
+    Building it reads all tar headers, unless they are remembered (`shard_cache`), but no content. In memory a sample
+    takes its key and 72 bytes.
     """
 
-    def __init__(self, patterns: str | list[str]) -> None:
+    def __init__(self, patterns: str | list[str], *, skip_damage: bool = False) -> None:
         """Scan the shards that `patterns` name (see `expand_shards`).
 
-        Raises: ValueError for a file that is no complete tar, for a key with two pictures, captions or JSON
-            files, and if there is no sample at all; all that `expand_shards` raises.
+        Args:
+            patterns: Which shards.
+            skip_damage: Take what is whole of damaged shards and note in `damages` what is wrong with them; that a
+                shard is missing is damage too. Without, damage is an error.
+
+        Raises:
+            ValueError: If there is no sample at all; for a file that is no complete tar, for a key with two pictures,
+                captions or JSON files and for a name that leads out of the shard; all that `expand_shards` raises.
         """
         # Descriptors by shard number, least recently used first.
         self._open_files: dict[int, int] = {}
-        self.shards = expand_shards(patterns)
-        self._keys: list[str] = []
-        shard_numbers, byte_ranges = [], []
-        for number, content in enumerate(read_shards(self.shards)):
-            self._keys.extend(content.keys)
-            shard_numbers.append(np.full(len(content.keys), number, dtype=np.int64))
+        self.shards = expand_shards(patterns, missing_ok=skip_damage)
+        self.damages = []
+        keys, byte_ranges = [], []
+        self._states: list[tuple[int, int]] = []
+        for content in read_shards(self.shards):
+            if content.damages and not skip_damage:
+                raise ValueError(f"{content.damages[0].message}, or set data.on_bad_sample=skip")
+            self.damages += content.damages
+            self._states.append(content.state)
+            keys.append(PackedStrings(content.keys))
             byte_ranges.append(content.byte_ranges)
+        self._keys = PackedStrings.joined(keys)
+        if not self._keys and self.damages:
+            raise ValueError(f"shards must hold samples, there are none; the first damage: {self.damages[0].message}")
         if not self._keys:
             raise ValueError(f"shards must hold samples, such as 01.jpg and 01.txt; there are none in {patterns!r}")
-        self._shard_numbers = np.concatenate(shard_numbers)
-        self._byte_ranges = np.concatenate(byte_ranges)  # (samples, 3 parts, offset and size)
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self._keys)
+        self.block_sizes = np.array([len(part) for part in keys], dtype=np.int64)
+        self._ends = np.cumsum(self.block_sizes)
+        self._byte_ranges = np.concatenate(byte_ranges)  # (samples, parts, offset and size)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the open files, which mean nothing to another process."""
@@ -135,93 +137,23 @@ class ShardIndex:
 
     def __del__(self) -> None:
         """Close the shards."""
-        for descriptor in self._open_files.values():
+        for descriptor in self.__dict__.get("_open_files", {}).values():
             os.close(descriptor)
 
-    def key(self, i: int) -> str:
-        """Key of sample `i`; unique within its shard."""
-        return self._keys[i]
+    def __getitem__(self, i: int) -> RawSample:
+        """See `SampleIndex`; the key is unique within its shard."""
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        return RawSample(key=self._keys[i], container=self.shards[number], read_part=partial(self._fetch, number, i))
 
-    def shard(self, i: int) -> str:
-        """Path of the shard that holds sample `i`."""
-        return self.shards[int(self._shard_numbers[i])]
-
-    def describe(self, i: int) -> str:
-        """Words that find sample `i` again, for messages."""
-        return f"sample {self.key(i)!r} in {self.shard(i)!r}"
-
-    def image(self, i: int) -> bytes:
-        """The undecoded picture file of sample `i`.
-
-        Raises: BadSampleError if it has none.
-        """
-        data = self._fetch(i, PICTURE)
-        if data is None:
-            raise BadSampleError(f"{self.describe(i)} has no picture (.jpg, .jpeg, .png or .webp)", "no picture")
-        return data
-
-    def has_caption(self, i: int) -> bool:
-        """Whether sample `i` has a caption, good or bad."""
-        return tuple(self._byte_ranges[i, CAPTION].tolist()) != ABSENT
-
-    def caption(self, i: int) -> str:
-        """Caption of sample `i`, without white space around it; may be empty.
-
-        Raises: BadSampleError if there is none or it is not UTF-8.
-        """
-        data = self._fetch(i, CAPTION)
-        if data is None:
-            raise BadSampleError(f"{self.describe(i)} has no caption (.txt)", "no caption")
-        try:
-            return data.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            message = f"caption of {self.describe(i)} is not UTF-8 text ({error})"
-            raise BadSampleError(message, "caption not UTF-8") from error
-
-    def metadata(self, i: int) -> dict[str, Any]:
-        """The `.json` of sample `i`; empty if it has none.
-
-        Raises: BadSampleError if it is not a JSON object.
-        """
-        data = self._fetch(i, METADATA)
-        if data is None:
-            return {}
-        try:
-            metadata = json.loads(data)
-        except ValueError as error:
-            raise BadSampleError(f"metadata of {self.describe(i)} is not JSON ({error})") from error
-        if not isinstance(metadata, dict):
-            raise BadSampleError(f"metadata of {self.describe(i)} must be a JSON object, got {type(metadata).__name__}")
-        return metadata
-
-    def read(self, i: int) -> RawSample:
-        """All of sample `i`.
-
-        Raises: BadSampleError as `image`, `caption` and `metadata` do.
-        """
-        return RawSample(
-            key=self.key(i),
-            shard=self.shard(i),
-            image=self.image(i),
-            caption=self.caption(i),
-            metadata=self.metadata(i),
-        )
-
-    def captions(self) -> Iterator[str]:
-        """The captions of all samples in their order; no picture is read.
-
-        Raises: BadSampleError as `caption` does.
-        """
-        return (self.caption(i) for i in range(len(self)))
-
-    def _fetch(self, i: int, part: int) -> bytes | None:
+    def _fetch(self, shard_number: int, i: int, part: int, n_bytes: int) -> bytes | None:
         offset, size = self._byte_ranges[i, part].tolist()
         if (offset, size) == ABSENT:
             return None
+        size = min(size, n_bytes)
         # A positional read shares no file offset, so descriptors inherited by a fork stay correct.
-        data = os.pread(self._descriptor(int(self._shard_numbers[i])), size, offset)
+        data = os.pread(self._descriptor(shard_number), size, offset)
         if len(data) < size:
-            raise OSError(f"shard {self.shard(i)!r} became shorter while in use; restore it and start again")
+            raise OSError("the shard became shorter while in use")
         return data
 
     def _descriptor(self, shard_number: int) -> int:
@@ -229,6 +161,10 @@ class ShardIndex:
             descriptor = self._open_files.pop(shard_number)
         else:
             descriptor = os.open(self.shards[shard_number], os.O_RDONLY)
+            facts = os.fstat(descriptor)
+            if (facts.st_size, facts.st_mtime_ns) != self._states[shard_number]:
+                os.close(descriptor)
+                raise OSError("the shard was changed while in use")  # its byte ranges may be those of other samples
         self._open_files[shard_number] = descriptor
         if len(self._open_files) > MAX_OPEN_SHARDS:
             os.close(self._open_files.pop(next(iter(self._open_files))))

@@ -117,7 +117,7 @@ def held_out_prompts(shards: str, count: int) -> list[str]:
     Raises: ValueError if `count` < 1 or there are fewer; FileNotFoundError if there are no shards.
     """
     require_int("prompts", count, at_least=1)
-    captions = list(dict.fromkeys(ShardIndex(shards).captions()))
+    captions = list(dict.fromkeys(sample.text() for sample in ShardIndex(shards)))
     if len(captions) < count:
         raise ValueError(f"need {count} different test captions, got {len(captions)} in '{shards}'; make more")
     return captions[:count]

@@ -37,8 +37,12 @@ class ImageTokenizer:
 
     @torch.inference_mode()
     def encode(self, image: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b gh gw"]:
-        """Tokens of pictures, on the pictures' device."""
-        return self._on(image.device).encode(image)
+        """Tokens of pictures, on the pictures' device: those of fp32, whatever training computes in.
+
+        So they are the same in training, in `stage=tokens` and in sampling; in 16 bits some would be their neighbours.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            return self._on(image.device).encode(image.float())
 
     @torch.inference_mode()
     def decode(self, image_tokens: Int[Tensor, "b gh gw"]) -> Float[Tensor, "b 3 h w"]:

@@ -108,8 +108,9 @@ class TextTokenizer:
 
     def pad(self, ids: Sequence[int]) -> Int[Tensor, " t"]:
         """The first `seq_len` of the ids, and after fewer the padding of each position."""
-        kept = torch.tensor(ids[: self.seq_len], dtype=torch.int64)
-        return torch.cat([kept, torch.arange(self.vocab_size + len(kept), self.vocab_size + self.seq_len)])
+        kept = list(ids[: self.seq_len])
+        # One tensor of a list: twice as fast as several, and this is done for every caption of every batch.
+        return torch.tensor([*kept, *range(self.vocab_size + len(kept), self.vocab_size + self.seq_len)])
 
     def encode(self, captions: Sequence[str]) -> Int[Tensor, "n t"]:
         """Tokens of captions, at least one, int64 (n, seq_len), padded at the end.

@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
 from dalle1.atomic_files import atomic
-from dalle1.data.dataset import collate
+from dalle1.data.preparation import collate
 from dalle1.evaluation.pictures import save_picture
 from dalle1.training.stage_module import StageModule
 
@@ -54,7 +54,7 @@ class RunProgress(ProgressBar):
         rate = self._bar.format_dict["rate"]
         # Reading the loss waits for a GPU: only when the bar is about to be drawn.
         if rate and self._bar.n - self._bar.last_print_n == 0:
-            pictures = rate * len(batch["image"]) * trainer.world_size
+            pictures = rate * len(batch["index"]) * trainer.world_size
             loss = trainer.callback_metrics.get("train/loss", torch.nan)
             self._bar.set_postfix_str(f"{pictures:.0f} pictures/s, loss {float(loss):.4f}", refresh=False)
 
@@ -85,8 +85,7 @@ class ValidationPictures(pl.Callback):
         assert isinstance(pl_module, StageModule), "every stage of ours is one"
         loader = trainer.val_dataloaders
         assert loader is not None, "validation is running, so there is a loader"
-        count = min(self.n_samples, len(loader.dataset))
-        batch = collate([loader.dataset[i] for i in range(count)])
+        batch = collate(loader.first_samples(self.n_samples))
         with trainer.precision_plugin.forward_context():  # as in validation
             pictures = pl_module.draw_pictures(batch)
         for name, picture in pictures.items():

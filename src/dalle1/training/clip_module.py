@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle1.data.dataset import Batch
+from dalle1.data.preparation import Batch
 from dalle1.losses import contrastive_loss
 from dalle1.models.clip import CLIP
 from dalle1.training.stage_module import StageModule

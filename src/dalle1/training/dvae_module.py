@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data.dataset import Batch
+from dalle1.data.preparation import Batch
 from dalle1.data.transforms import to_unit_interval
 from dalle1.evaluation.codebook_usage import codebook_usage, collapse_alarm
 from dalle1.evaluation.image_quality import SSIM_SMALLEST_SIDE, psnr_db, squared_error, ssim
@@ -94,10 +94,8 @@ class DVAEModule(StageModule):
         self._started_codebook = True  # further batches may be part of the same update
         loader = self.trainer.train_dataloader
         assert loader is not None, "a training batch has come from it"
-        dataset = loader.dataset
-        count = min(self.optim.codebook_start_pictures, len(dataset))
-        # Spread over the whole set; the same on every rank.
-        picked = [dataset[i * len(dataset) // count]["pixels"] for i in range(count)]
+        # The same on every rank.
+        picked = [sample["pixels"] for sample in loader.spread_samples(self.optim.codebook_start_pictures)]
         image = to_unit_interval(torch.stack(picked).to(self.device))
         generator = torch.Generator().manual_seed(self.seed)
         start_codebook(self.model, image, sharpness=self.optim.codebook_sharpness, generator=generator)

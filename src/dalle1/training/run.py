@@ -2,7 +2,7 @@
 
 Every stage reads the results of earlier ones in `results_dir` and writes its own into `run_dir`:
 `checkpoints/last.ckpt`, `summary.json`, `config.yaml`, logs and pictures; the tokenizer stage `tokenizer.json` and
-`summary.json`.
+`summary.json`, the tokens stage shards of image tokens.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from dalle1.atomic_files import write_json
 from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, load_image_tokenizer, read_checkpoint
-from dalle1.data.datamodule import DataConfig, PairDataModule
-from dalle1.data.dataset import CUT_CAPTION
+from dalle1.data.config import DataConfig
+from dalle1.data.datamodule import PairDataModule
+from dalle1.data.findings import CUT_CAPTION
 from dalle1.evaluation.pictures import save_curves
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
@@ -48,14 +49,15 @@ from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
 from dalle1.training.stage_module import StageModule
+from dalle1.training.tokens_stage import TokensConfig, build_fabric, encode_data
 from dalle1.training.transformer_module import ComputeConfig, TransformerModule, TransformerOptimConfig
 
 logger = logging.getLogger(__name__)
 
 # Options of the optimizer that a run may be continued with other values of.
-_MAY_CHANGE = ("max_steps",)
-# Options of the data that it must be continued with.
-_SAME_DATA = ("image_size", "batch_size", "seed", "augmentation", "background", "small_pictures")
+_MAY_CHANGE = ("max_steps", "batch_size")
+# Options of the data that it must be continued with; the loader sees to those that decide the order.
+_SAME_DATA = ("image_size", "seed", "augmentation", "background", "small_pictures", "caption")
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 TOKENIZER = Path("tokenizer.json")
@@ -74,8 +76,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         with wandb_run_ends():
             return _run_stage(cfg, run_dir)
     except (ValueError, TypeError, OSError):
-        # Bad input, such as a picture that cannot be decoded: without a checkpoint there is nothing to go on from.
-        if is_new and not (run_dir / CHECKPOINT).exists():
+        # Bad input, such as a picture that cannot be decoded: without a checkpoint, or shards of tokens, there is
+        # nothing to go on from.
+        if is_new and not (run_dir / CHECKPOINT).exists() and not any(run_dir.glob("*.tar")):
             rank_zero_only(shutil.rmtree)(run_dir, ignore_errors=True)
         raise
     finally:
@@ -92,8 +95,14 @@ def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     data = PairDataModule(build(cfg, "data", DataConfig))
     pl.seed_everything(cfg.seed, verbose=False)
     earlier_seconds = 0.0
+    if data.config.tokens is not None and stage != "transformer":
+        raise ValueError(f"data.tokens are for stage=transformer, which alone needs no pictures, got stage={stage}")
     if stage == "tokenizer":
         metrics = _train_tokenizer(cfg, data, run_dir)
+    elif stage == "tokens":
+        metrics = _encode_pictures(cfg, data, run_dir)
+        if metrics == {}:  # the first device has it all
+            return {}
     else:
         module = _MODULES[stage](cfg)
         metrics = _train_network(cfg, data, module, run_dir)
@@ -150,10 +159,10 @@ def _train_tokenizer(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> di
             return None
     else:
         data.prepare_data()
-        tokenizer = TextTokenizer.train(_with_progress(data.train_captions(), len(data.train_index)), config)
+        captions = _Captions(data.train_captions(), data.n_samples_used())
+        tokenizer = TextTokenizer.train(captions.read(), config)
         write_json(path, tokenizer.to_dict())
-        bad_samples = _report_findings(data)["bad_samples"]
-        counted = {"captions": len(data.train_index) - bad_samples, "bad_samples": bad_samples}
+        counted = {"captions": captions.n_read, **_report_findings(data)}
         logger.info(
             "%s captions gave %s of %s entries%s",
             *(f"{number:,}" for number in (counted["captions"], tokenizer.n_entries, config.vocab_size)),
@@ -162,11 +171,45 @@ def _train_tokenizer(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> di
     return {"entries": tokenizer.n_entries, "sha256": tokenizer.sha256, **counted}
 
 
-def _with_progress(captions: Iterator[str], total: int) -> Iterator[str]:
-    # Where output is no terminal, a line every half minute.
-    every = 0.5 if sys.stderr.isatty() else 30.0
-    bar = tqdm(captions, "reading captions", total, unit=" captions", unit_scale=True, mininterval=every, delay=every)
-    yield from bar
+class _Captions:
+    """Captions with a bar while they are read, and their number afterwards."""
+
+    def __init__(self, captions: Iterator[str], n_samples: int | None) -> None:
+        self._captions = captions
+        self._n_samples = n_samples
+        self.n_read = 0
+
+    def read(self) -> Iterator[str]:
+        # Where output is no terminal, a line every half minute.
+        every = 0.5 if sys.stderr.isatty() else 30.0
+        bar = tqdm(
+            self._captions, "reading captions", self._n_samples, unit=" captions", unit_scale=True, mininterval=every
+        )
+        for caption in bar:
+            self.n_read += 1
+            yield caption
+
+
+def _encode_pictures(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> dict[str, Any] | None:
+    """Write the image tokens of all pictures and return what there is to tell; None if an earlier run did."""
+    for split in ("train", "val"):
+        if data.config.is_stream(split):
+            raise ValueError(f"stage=tokens needs shards on this machine, got data.{split} elsewhere; copy them here")
+    config = TokensConfig(crops=cfg.stage.crops, batch_size=cfg.stage.batch_size)
+    image_tokenizer = _load_dvae(Path(cfg.dvae), "tokens")
+    data.prepare_data()
+    data.setup("fit")
+    is_complete = (run_dir / SUMMARY).exists()
+    if not is_complete:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    result = encode_data(
+        data, image_tokenizer, config, run_dir, build_fabric(instantiate(cfg.trainer, _convert_="all"))
+    )
+    if is_complete and result.get("pictures_per_second", 0) is None:
+        return None
+    if result:
+        logger.info("use them with: python train.py stage=transformer data.tokens=%s", os.path.relpath(run_dir))
+    return result
 
 
 def _text_tokenizer(cfg: DictConfig) -> TextTokenizer:
@@ -194,7 +237,7 @@ def _transformer_module(cfg: DictConfig) -> TransformerModule:
     model, optim = build(cfg, "model", TransformerConfig), build(cfg, "optim", TransformerOptimConfig)
     compute = build(cfg, "compute", ComputeConfig)
     text_tokenizer = _text_tokenizer(cfg)
-    image_tokenizer = _load_dvae(Path(cfg.dvae))
+    image_tokenizer = _load_dvae(Path(cfg.dvae), "transformer")
     grid = image_tokenizer.grid_size(cfg.data.image_size)
     check_sizes(
         "transformer",
@@ -232,10 +275,10 @@ def check_sizes(name: str, config: object, **needed: int) -> None:
             )
 
 
-def _load_dvae(path: Path) -> ImageTokenizer:
+def _load_dvae(path: Path, stage: str) -> ImageTokenizer:
     if not path.exists():
         raise FileNotFoundError(
-            f"stage=transformer needs a trained dVAE, there is none at '{path}'; "
+            f"stage={stage} needs a trained dVAE, there is none at '{path}'; "
             "run 'python train.py stage=dvae' first, or give dvae=PATH"
         )
     return load_image_tokenizer(path)
@@ -251,8 +294,15 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     optim = asdict(module.optim)
     module.options = {"optim": {name: value for name, value in optim.items() if name not in _MAY_CHANGE}}
     module.options["data"] = {name: getattr(data.config, name) for name in _SAME_DATA}
-    # Names, not paths: shards may be copied to the machine that trains.
-    module.options["data"]["train"] = [Path(pattern).name for pattern in data.config.train_patterns]
+    module.options["data"] |= {"train": data.config.source_names, "filters": data.config.filters.to_dict()}
+    if data.tokens is not None and isinstance(module, TransformerModule):
+        data.check_dvae(module.image_tokenizer.sha256)
+        # What was decided when the tokens were made, whatever the options say now.
+        decided = asdict(data.tokens)
+        names = [name for name in module.options["data"] if name in decided and name not in ("seed", "caption")]
+        module.options["data"] |= {name: decided[name] for name in (*names, "crops", "samples_sha256")}
+    elif isinstance(module, TransformerModule) and module.optim.cache_image_tokens:
+        _check_tokens_can_be_cached(data.config)
     checkpoint = run_dir / CHECKPOINT
     if checkpoint.exists():
         step = _check_same_run(checkpoint, module)
@@ -294,6 +344,15 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     return summary | ({"alarm": module.alarm} if module.alarm else {})
 
 
+def _check_tokens_can_be_cached(config: DataConfig) -> None:
+    """Raise ValueError where a picture is another one each time, or has no number."""
+    if config.augmentation != "none" or config.is_stream("train"):
+        raise ValueError(
+            "optim.cache_image_tokens must be false where a picture is another one each time or has no number, got "
+            f"true with data.augmentation={config.augmentation}; set it to false, or use stage=tokens"
+        )
+
+
 @contextmanager
 def _ctrl_c_stays_itself() -> Iterator[None]:
     """Lightning turns Ctrl-C into exit code 1; turn it back."""
@@ -313,9 +372,12 @@ def _report_findings(data: PairDataModule) -> dict[str, int]:
         rank_zero_only(logger.warning)(f"{n_cut:,} of the captions that were read had too many tokens and were cut")
     if kinds:
         reasons = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())
-        skipped = f"{kinds.total():,} of {data.n_samples_used:,} samples skipped: {reasons}"
-        rank_zero_only(logger.warning)(skipped)
+        n_samples = data.n_samples_used()
+        of_all = f" of {n_samples:,} samples" if n_samples is not None else " samples"
+        rank_zero_only(logger.warning)(f"{kinds.total():,}{of_all} skipped: {reasons}")
     found = {"bad_samples": kinds.total()}
+    if data.config.filters.is_active:
+        found["filtered_samples"] = data.count_dropped().total()
     return found if data.encode_text is None else found | {"cut_captions": n_cut}
 
 

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from dalle1.checkpoint import OPTIONS_KEY, PLATEAU_KEY, RECORD_KEY, SECONDS_KEY, make_record
-from dalle1.data.dataset import Batch
+from dalle1.data.preparation import Batch
 from dalle1.models.clip import CLIP
 from dalle1.models.dvae import DVAE
 from dalle1.models.transformer import DalleTransformer

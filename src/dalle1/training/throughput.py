@@ -8,6 +8,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from dalle1.data.loader import ResumableLoader
+from dalle1.data.stream import StreamLoader
 from dalle1.training.stage_module import StageModule
 
 # Sides of the square matrices by whose product a device's rate is measured: large enough to reach it.
@@ -35,18 +37,20 @@ def _wait_for(device: torch.device) -> None:
 
 
 class Throughput(pl.Callback):
-    """Logs `perf/tokens_per_second`, over all devices, and `perf/mfu`: the share of the machine that is used.
+    """Logs how fast training is, over all devices, and what it waits for.
 
-    The share is that of the operations which the model's definition asks for (see `models.accounting`) in what the
-    devices reach in plain matrix products, in the type that training multiplies in or in fp32 if that is faster,
+    `perf/samples_per_second`, and `perf/data_wait`, the share of the time in which the first device waits for its next
+    batch. Of stages whose module says what a sample costs, also `perf/tokens_per_second` and `perf/mfu`, the share of
+    the machine that is used: of the operations which the model's definition asks for (see `models.accounting`) in what
+    the devices reach in plain matrix products, in the type that training multiplies in or in fp32 if that is faster,
     measured when training starts.
-    Time for validation, pictures and checkpoints is left out. Of stages whose module does not say what a sample costs
-    nothing is logged.
+    Time for validation, pictures and checkpoints is left out.
     """
 
     def __init__(self) -> None:
         self._rate = 0.0
         self._samples = self._last_step = 0
+        self._waited = 0.0
         self._started: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,26 +71,29 @@ class Throughput(pl.Callback):
     ) -> None:
         """Count the batch; log when Lightning logs."""
         assert isinstance(pl_module, StageModule), "every stage of ours is one"
-        if not pl_module.flops_per_sample:
-            return
         if self._started is None:
             # The first batch, and the one after a pause, is where the clock starts: compilers work in it.
-            self._start(pl_module)
+            self._start(trainer, pl_module)
             return
-        self._samples += len(batch["image"]) * trainer.world_size
+        self._samples += len(batch["index"]) * trainer.world_size
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every or trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
         _wait_for(pl_module.device)
-        rate = self._samples / (time.perf_counter() - self._started)
-        pl_module.log("perf/tokens_per_second", rate * pl_module.tokens_per_sample)
-        pl_module.log("perf/mfu", rate * pl_module.flops_per_sample / self._rate)
-        self._start(pl_module)
+        seconds = time.perf_counter() - self._started
+        rate = self._samples / seconds
+        pl_module.log("perf/samples_per_second", rate)
+        pl_module.log("perf/data_wait", (_waited(trainer) - self._waited) / seconds)
+        if pl_module.flops_per_sample:
+            pl_module.log("perf/tokens_per_second", rate * pl_module.tokens_per_sample)
+            pl_module.log("perf/mfu", rate * pl_module.flops_per_sample / self._rate)
+        self._start(trainer, pl_module)
 
-    def _start(self, pl_module: pl.LightningModule) -> None:
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _wait_for(pl_module.device)
         self._samples, self._started = 0, time.perf_counter()
+        self._waited = _waited(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
@@ -95,3 +102,9 @@ class Throughput(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         """Stop the clock."""
         self._started = None
+
+
+def _waited(trainer: pl.Trainer) -> float:
+    loader = trainer.train_dataloader
+    assert isinstance(loader, ResumableLoader | StreamLoader), "a training batch has come from one of them"
+    return loader.wait_seconds

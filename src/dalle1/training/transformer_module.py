@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data.dataset import Batch
+from dalle1.data.preparation import Batch
 from dalle1.evaluation.pictures import to_pictures
 from dalle1.losses import masked_mean
 from dalle1.models.accounting import count_flops
@@ -155,11 +155,13 @@ class TransformerModule(StageModule):
         if share:
             draws = torch.rand(len(batch["index"]), 1, generator=self.step_generator(), device=self.device)
             dropped = draws < share
-        return self._step("train", batch, self._cached_tokens(batch), dropped)
+        return self._step("train", batch, self._train_tokens(batch), dropped)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the same for the validation set."""
-        self._step("val", batch, self._image_tokens(batch["image"]))
+        self._step(
+            "val", batch, batch["image_tokens"] if "image_tokens" in batch else self._image_tokens(batch["image"])
+        )
 
     def draw_pictures(self, batch: Batch) -> dict[str, Image.Image]:
         """One sample of each caption, drawn from the same random numbers every time."""
@@ -202,7 +204,9 @@ class TransformerModule(StageModule):
         # Out of inference mode: autograd must be able to use them.
         return tokens.clone()
 
-    def _cached_tokens(self, batch: Batch) -> Tensor:
+    def _train_tokens(self, batch: Batch) -> Tensor:
+        if "image_tokens" in batch:
+            return batch["image_tokens"]
         if not self.optim.cache_image_tokens:
             return self._image_tokens(batch["image"])
         wanted = batch["index"].tolist()

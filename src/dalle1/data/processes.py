@@ -1,0 +1,75 @@
+"""Work on many samples in several processes, which ends at once and wholly when it is interrupted."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.synchronize import Event
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def map_parts(work: Callable[[Iterable[int]], T], parts: Sequence[range], n_processes: int) -> Iterator[T]:
+    """What `work` gives for the numbers of each part, in order; in this process for less than two processes or parts.
+
+    `work` must be one that can be pickled.
+
+    Raises: ValueError if a process ends before its work.
+    """
+    if n_processes < 2 or len(parts) < 2:
+        yield from map(work, parts)
+        return
+    # Not fork: the caller may have started threads, whose locks a forked child could inherit taken.
+    context = get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(n_processes, context, initializer=_start, initargs=(work, stop))
+    try:
+        with _ctrl_c_waits():
+            results = pool.map(_work_on, parts)
+        yield from results
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that looks at samples has ended, perhaps for want of memory; free some, or use one process"
+        ) from error
+    finally:
+        # Not the pool as a context: at its end it waits for all that was asked for.
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Start processes that never hear of Ctrl-C, which all would: the first one ends the others.
+
+    Raises: KeyboardInterrupt at the end, if there was one: in the middle it could leave a process that nobody ends.
+    """
+    heard: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number)) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    if heard:
+        raise KeyboardInterrupt
+
+
+_here: list[tuple[Callable[[Iterable[int]], Any], Event]] = []  # of a process that works on parts
+
+
+def _start(work: Callable[[Iterable[int]], Any], stop: Event) -> None:
+    _here[:] = [(work, stop)]
+
+
+def _work_on(numbers: range) -> Any:
+    work, stop = _here[0]
+    return work(number for number in numbers if not stop.is_set())
