@@ -11,6 +11,8 @@ photographs (512 x 512 pixels at qualities from 90 to 95: 80 kB). `--pictures` t
 
 Sides take turns. What counts is the time that the processor works for a side, in its fastest round: neighbours on the
 machine slow down all others. glibc is told to keep freed memory, without which theirs may take half as long again.
+
+Then how fast image tokens are read instead, and what a training step saves by them (`data_tokens`).
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from typing import Literal
 import numpy as np
 import torch
 import webdataset
-from measure import Rows, machine, print_tables, write_report
+from data_tokens import measure_reading, measure_step
+from measure import Rows, in_own_process, machine, print_tables, write_report
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -172,9 +175,12 @@ def main() -> None:
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as directory:
         rows, ratios = measure_decoding(Path(directory), options.pictures, options.rounds)
-    write_report(options.out, rows, ratios)
+    tokens = measure_reading(rounds=2)
+    (steps, _) = in_own_process(measure_step, 2)
+    ratios["step_from_tokens"] = steps[0]["step_from_pictures_over_from_tokens"]
+    write_report(options.out, [*rows, *tokens], ratios, steps=steps)
     print(machine())
-    print_tables(options.out, rows, [{"name": name, "ours_over_theirs": ratio} for name, ratio in ratios.items()])
+    print_tables(options.out, rows, tokens, steps, [{"name": name, "ratio": ratio} for name, ratio in ratios.items()])
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ def test_the_transformer_that_is_compared_is_as_large_as_its_peer() -> None:
     ("script", "options", "message"),
     [
         ("transformer.py", ["--rounds", "0"], "error: --rounds must be >= 1, got 0"),
+        ("data.py", ["--rounds", "0"], "error: --rounds must be >= 1, got 0"),
+        ("data_soak.py", ["--batches", "10"], "error: --batches must be >= 1000, got 10"),
         ("transformer_loss.py", ["--minutes", "0"], "error: --minutes must be > 0, got 0.0"),
         ("transformer_loss.py", ["--updates", "3"], "error: --updates must be >= 200, got 3"),
         ("sampling.py", ["--repeats", "0"], "error: --repeats must be >= 1, got 0"),

@@ -237,12 +237,15 @@ def summary(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def test_inspect_reports_what_img2dataset_wrote(web: Web, tmp_path: Path) -> None:
+    (tmp_path / "conf").symlink_to(REPOSITORY / "conf")
     text = command(tmp_path, "-m", "dalle1.data.inspect", str(web.out / "*.tar"), "filters=paper", "out=inspected")
     report = json.loads((tmp_path / "inspected" / "report.json").read_text())
-    assert f"{len(web.index)}" in text
-    assert report["counts"]["samples"] == len(web.index)
-    assert (tmp_path / "inspected" / "samples.png").is_file()
-    assert (tmp_path / "inspected" / "histograms.png").is_file()
+    assert text.startswith(f"{len(web.index):,} samples in 6 shards")
+    assert report["samples"] == len(web.index)
+    n_dropped = sum(reason["samples"] for reason in report["dropped_by_filters"].values())
+    assert 0 < n_dropped == len(web.index) - report["kept_by_filters"]
+    for name in ("samples.png", "histograms.png", "dropped.png"):
+        assert (tmp_path / "inspected" / name).is_file()
 
 
 def test_tokens_are_made_and_a_transformer_is_trained_from_what_img2dataset_wrote(web: Web, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def augment_file(
 ) -> UInt8[Tensor, "3 s s"]:
     """The square that a picture file gives in this epoch: a function of the arguments alone, see `sample_rng`.
 
-    Bit for bit `apply_crop` of the whole picture, except for JPEGs that are reduced to half of their size or less. These
+    Bit for bit `apply_crop` of the whole picture, except for JPEGs that are reduced to half of their size or less: they
     are decoded at a half or a quarter of it, which keeps a little more contrast; the rest of the way is `area_resize`.
 
     Raises: ValueError as `decode_image`.

@@ -121,7 +121,9 @@ _Part = tuple[dict[int, str], dict[int, int]]  # by numbers: reasons to drop, an
 def _judged(index: SampleIndex, config: FilterConfig, caption: CaptionSource, parts: list[range]) -> Iterator[_Part]:
     """What there is to say of each part, in order."""
     worth = _PICTURES_WORTH_A_PROCESS if config.needs_pixels else _SAMPLES_WORTH_A_PROCESS
-    n_processes = min(os.cpu_count() or 1, len(index) // worth)
+    # Processes that torchrun has started here may do the same at the same time.
+    n_cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    n_processes = min(n_cores, len(index) // worth)
     yield from map_parts(_Judge(index, config, caption), parts, n_processes)
 
 
@@ -150,11 +152,11 @@ class _Judge:
 
 
 def _cache_path(index: SampleIndex, config: FilterConfig, caption: CaptionSource) -> Path | None:
-    """Where the verdicts on these samples are remembered; None for what may change unseen."""
-    if not isinstance(index, ShardIndex) or index.damages:
+    """Where the verdicts on these samples are remembered; None for what may change unseen: folders and tables."""
+    if not isinstance(index, ShardIndex):
         return None
     states = [(os.path.realpath(shard), shard_state(shard)) for shard in index.shards]
-    if not all(is_settled(state) for _, state in states):
+    if not all(state is None or is_settled(state) for _, state in states):
         return None
     content = json.dumps([RULES_VERSION, states, len(index), config.to_dict(), caption.setting])
     return cache_directory() / "filters" / f"{hashlib.sha256(content.encode()).hexdigest()}.npz"

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,13 +26,11 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
-from tqdm import tqdm
 
 from dalle1.atomic_files import write_json
 from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, load_image_tokenizer, read_checkpoint
 from dalle1.data.config import DataConfig
 from dalle1.data.datamodule import PairDataModule
-from dalle1.data.findings import CUT_CAPTION
 from dalle1.evaluation.pictures import save_curves
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
@@ -45,10 +42,12 @@ from dalle1.tokenizers.text_file import load_text_tokenizer
 from dalle1.training.allocator import keep_freed_memory
 from dalle1.training.callbacks import AtomicCheckpointIO, LastCheckpoint, RunProgress
 from dalle1.training.clip_module import CLIPModule
+from dalle1.training.data_report import report_findings
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
 from dalle1.training.stage_module import StageModule
+from dalle1.training.tokenizer_stage import train_tokenizer
 from dalle1.training.tokens_stage import TokensConfig, build_fabric, encode_data
 from dalle1.training.transformer_module import ComputeConfig, TransformerModule, TransformerOptimConfig
 
@@ -95,10 +94,13 @@ def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     data = PairDataModule(build(cfg, "data", DataConfig))
     pl.seed_everything(cfg.seed, verbose=False)
     earlier_seconds = 0.0
+    metrics: dict[str, Any] | None
     if data.config.tokens is not None and stage != "transformer":
         raise ValueError(f"data.tokens are for stage=transformer, which alone needs no pictures, got stage={stage}")
     if stage == "tokenizer":
-        metrics = _train_tokenizer(cfg, data, run_dir)
+        is_complete = (run_dir / TOKENIZER).exists() and (run_dir / SUMMARY).exists()
+        given = train_tokenizer(build(cfg, "model", TextTokenizerConfig), data, run_dir / TOKENIZER)
+        metrics = None if is_complete else given
     elif stage == "tokens":
         metrics = _encode_pictures(cfg, data, run_dir)
         if metrics == {}:  # the first device has it all
@@ -142,52 +144,6 @@ def build(cfg: DictConfig, group: str, expected: type[T]) -> T:
             f"choose another {group}= (train.py stage={cfg.stage.name} --help lists them)"
         )
     return built
-
-
-def _train_tokenizer(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> dict[str, Any] | None:
-    """Train the BPE and return what it gave; None if an earlier run did."""
-    config = build(cfg, "model", TextTokenizerConfig)
-    path = run_dir / TOKENIZER
-    counted: dict[str, int] = {}  # nothing if an earlier start read the captions
-    if path.exists():
-        tokenizer = load_text_tokenizer(path, vocab_size=config.vocab_size, seq_len=config.seq_len)
-        was = {name: getattr(tokenizer, name) for name in asdict(config)}
-        changed = [f"{name} {was[name]}, not {now}" for name, now in asdict(config).items() if was[name] != now]
-        if changed:
-            raise ValueError(f"'{path}' has {'; '.join(changed)}; delete it or choose another name=")
-        if (run_dir / SUMMARY).exists():
-            return None
-    else:
-        data.prepare_data()
-        captions = _Captions(data.train_captions(), data.n_samples_used())
-        tokenizer = TextTokenizer.train(captions.read(), config)
-        write_json(path, tokenizer.to_dict())
-        counted = {"captions": captions.n_read, **_report_findings(data)}
-        logger.info(
-            "%s captions gave %s of %s entries%s",
-            *(f"{number:,}" for number in (counted["captions"], tokenizer.n_entries, config.vocab_size)),
-            "; the others stay unused" if tokenizer.n_entries < config.vocab_size else "",
-        )
-    return {"entries": tokenizer.n_entries, "sha256": tokenizer.sha256, **counted}
-
-
-class _Captions:
-    """Captions with a bar while they are read, and their number afterwards."""
-
-    def __init__(self, captions: Iterator[str], n_samples: int | None) -> None:
-        self._captions = captions
-        self._n_samples = n_samples
-        self.n_read = 0
-
-    def read(self) -> Iterator[str]:
-        # Where output is no terminal, a line every half minute.
-        every = 0.5 if sys.stderr.isatty() else 30.0
-        bar = tqdm(
-            self._captions, "reading captions", self._n_samples, unit=" captions", unit_scale=True, mininterval=every
-        )
-        for caption in bar:
-            self.n_read += 1
-            yield caption
 
 
 def _encode_pictures(cfg: DictConfig, data: PairDataModule, run_dir: Path) -> dict[str, Any] | None:
@@ -338,7 +294,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         save_curves(starts, run_dir / "curves.png")
     summary = {
         "step": trainer.global_step,
-        **_report_findings(data),
+        **report_findings(data),
         **{name.replace("val/", ""): value for name, value in metrics.items()},
     }
     return summary | ({"alarm": module.alarm} if module.alarm else {})
@@ -362,23 +318,6 @@ def _ctrl_c_stays_itself() -> Iterator[None]:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-
-
-def _report_findings(data: PairDataModule) -> dict[str, int]:
-    """Say in a line each how many captions were cut, and how many samples skipped and why; return both numbers."""
-    kinds = data.count_findings()
-    n_cut = kinds.pop(CUT_CAPTION, 0)
-    if n_cut:
-        rank_zero_only(logger.warning)(f"{n_cut:,} of the captions that were read had too many tokens and were cut")
-    if kinds:
-        reasons = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())
-        n_samples = data.n_samples_used()
-        of_all = f" of {n_samples:,} samples" if n_samples is not None else " samples"
-        rank_zero_only(logger.warning)(f"{kinds.total():,}{of_all} skipped: {reasons}")
-    found = {"bad_samples": kinds.total()}
-    if data.config.filters.is_active:
-        found["filtered_samples"] = data.count_dropped().total()
-    return found if data.encode_text is None else found | {"cut_captions": n_cut}
 
 
 def _check_same_run(checkpoint: Path, module: StageModule) -> int:
