@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Literal
 
 import numpy as np
@@ -105,7 +106,7 @@ def make_ours(shard: str, augmentation: PaperAugmentation) -> Callable[[], None]
 
 def make_theirs(shard: str, augmentation: PaperAugmentation) -> Callable[[], None]:
     """A step that reads all of a shard with WebDataset and Pillow."""
-    rng = np.random.default_rng(0)
+    rng = Random(0)
     draw = {"dvae": draw_dvae, "transformer": draw_transformer}[augmentation]
 
     def augment(picture: Image.Image) -> Tensor:
