@@ -1,16 +1,18 @@
 """Training pictures read by one process with one thread, against WebDataset and Pillow: `make bench-data`.
 
-From JPEG files in tar shards to batches of 32 squares of 256 x 256 pixels, uint8, by the paper's two augmentations.
-Both sides draw the same kind of crops and read the captions too; nothing is shuffled. Rows:
+From JPEG files in tar shards to batches of 32 squares of 256 x 256 pixels by the paper's two augmentations. All sides
+draw the same kind of crops and read the captions too; nothing is shuffled. Sides:
 
-    ours      what `PairDataset` makes its samples of: `ShardIndex` and `Preparation`
-    theirs    WebDataset with `decode("pilrgb")`, and the same steps with Pillow: crop, resize (BOX), crop, flip
+    ours      what `PairDataset` makes its samples of: `ShardIndex` and `Preparation`; uint8, as the device gets them
+    theirs    WebDataset as its documentation shows it: `decode("pilrgb")`, the same steps with Pillow (crop, resize by
+              BOX, crop, flip), and float32 from 0 to 1, which is what `ToTensor` of torchvision gives
+    uint8     theirs without the last step
 
 The pictures are drawn: noise of all wavelengths, the longer the stronger, which takes about as many bytes as
 photographs (512 x 512 pixels at qualities from 90 to 95: 80 kB). `--pictures` takes others, scaled to the same sizes.
 
-Sides take turns. What counts is the time that the processor works for a side, in its fastest round: neighbours on the
-machine slow down all others. glibc is told to keep freed memory, without which theirs may take half as long again.
+Sides take turns; what counts is the time that the processor works for a side, its median over the rounds, and the
+median of the ratios in one round. glibc is told to keep freed memory, as in training.
 
 Then how fast image tokens are read instead, and what a training step saves by them (`data_tokens`).
 """
@@ -27,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -104,7 +107,7 @@ def make_ours(shard: str, augmentation: PaperAugmentation) -> Callable[[], None]
     return step
 
 
-def make_theirs(shard: str, augmentation: PaperAugmentation) -> Callable[[], None]:
+def make_theirs(shard: str, augmentation: PaperAugmentation, *, as_floats: bool) -> Callable[[], None]:
     """A step that reads all of a shard with WebDataset and Pillow."""
     rng = Random(0)
     draw = {"dvae": draw_dvae, "transformer": draw_transformer}[augmentation]
@@ -118,7 +121,8 @@ def make_theirs(shard: str, augmentation: PaperAugmentation) -> Callable[[], Non
         picture = picture.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE))
         if crop.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+        return pixels.to(torch.float32).div(255) if as_floats else pixels
 
     samples = (
         webdataset.WebDataset(shard, shardshuffle=False, empty_check=False).decode("pilrgb").to_tuple("jpg", "txt")
@@ -133,19 +137,19 @@ def make_theirs(shard: str, augmentation: PaperAugmentation) -> Callable[[], Non
     return step
 
 
-def time_in_turns(steps: dict[str, Callable[[], None]], rounds: int, title: str) -> dict[str, float]:
-    """Processor seconds of each side's fastest step; the first round only warms up."""
+def time_in_turns(steps: dict[str, Callable[[], None]], rounds: int, title: str) -> dict[str, list[float]]:
+    """Processor seconds of each side's step in every round; one more comes first, to warm up."""
     seconds: dict[str, list[float]] = {side: [] for side in steps}
     for _ in tqdm(range(rounds + 1), desc=title, disable=None):
         for side, step in steps.items():
             started = time.process_time()
             step()
             seconds[side].append(time.process_time() - started)
-    return {side: min(values[1:]) for side, values in seconds.items()}
+    return {side: values[1:] for side, values in seconds.items()}
 
 
 def measure_decoding(directory: Path, pictures: str | None, rounds: int) -> tuple[Rows, dict[str, float]]:
-    """Pictures per second of both sides, and ours over theirs."""
+    """Pictures per second of all sides, and ours over the others'."""
     rows: Rows = []
     ratios: dict[str, float] = {}
     for (width, height), n_batches in SIZES.items():
@@ -153,12 +157,19 @@ def measure_decoding(directory: Path, pictures: str | None, rounds: int) -> tupl
         source = drawn_pictures(width, height) if pictures is None else given_pictures(pictures, width, height)
         write_shard(shard, source, n_samples)
         for augmentation in AUGMENTATIONS:
-            steps = {"ours": make_ours(str(shard), augmentation), "theirs": make_theirs(str(shard), augmentation)}
+            steps = {
+                "ours": make_ours(str(shard), augmentation),
+                "theirs": make_theirs(str(shard), augmentation, as_floats=True),
+                "uint8": make_theirs(str(shard), augmentation, as_floats=False),
+            }
             seconds = time_in_turns(steps, rounds, f"{width} x {height}, {augmentation}")
             for side, took in seconds.items():
                 row = {"pictures": f"{width} x {height}", "kB": round(shard.stat().st_size / n_samples / 1000)}
-                rows.append(row | {"augmentation": augmentation, "side": side, "per_second": round(n_samples / took)})
-            ratios[f"decode_{width}_{augmentation}"] = round(seconds["theirs"] / seconds["ours"], 2)
+                per_second = round(n_samples / median(took))
+                rows.append(row | {"augmentation": augmentation, "side": side, "per_second": per_second})
+            for side, suffix in (("theirs", ""), ("uint8", "_uint8")):
+                paired = [theirs / ours for theirs, ours in zip(seconds[side], seconds["ours"], strict=True)]
+                ratios[f"decode_{width}_{augmentation}{suffix}"] = round(median(paired), 2)
     return rows, {"decode": ratios["decode_512_dvae"], **ratios}
 
 
