@@ -4,8 +4,8 @@ Two ranks with two loader workers each read 10,000 batches, once indexed and onc
 short, one is no tar, one is missing, and after a third of the time one more vanishes and one is cut while it is in use;
 of the samples, one in 20 each has a picture that is cut short, empty, noise, or of more megapixels than allowed, no
 picture, no caption, an empty one, one that is not UTF-8, one of 100 kB, or the key of another one. Every batch must be
-full. Memory is that of each rank with its workers, what they share counted once (USS), and must stay within 5% of
-what it is after a fifth of the time.
+full. Memory is that of each rank with its workers, what they share counted once, without files such as libraries
+(Pss_Anon and Pss_Shmem of Linux), and must stay within 5% of what it is after a fifth of the time.
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ def damage_later(folder: Path) -> None:
 
 def read(rank: int, shards: str, backend: Any, n_batches: int, folder: Path, connection: Connection) -> None:
     """One rank: read batches, tell the memory, and at last what was found."""
+    # As in a process that a trainer starts; from this one the workers would inherit `spawn`, and not the log's level.
+    multiprocessing.set_start_method("fork", force=True)
     logging.getLogger("dalle1").setLevel(logging.ERROR)
     tokenizer = TextTokenizer.train(["picture number 0123456789"], TextTokenizerConfig(vocab_size=300, seq_len=16))
     config = DataConfig(
@@ -172,7 +174,11 @@ def read(rank: int, shards: str, backend: Any, n_batches: int, folder: Path, con
 
 def _megabytes() -> float:
     process = psutil.Process()
-    return sum(each.memory_full_info().uss for each in (process, *process.children())) / 1e6
+    kilobytes = 0
+    for each in (process, *process.children()):
+        lines = Path(f"/proc/{each.pid}/smaps_rollup").read_text().splitlines()
+        kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return kilobytes / 1e3
 
 
 def soak(backend: str, n_batches: int, folder: Path) -> tuple[list[Look], dict[str, int], float]:
@@ -232,7 +238,7 @@ def draw(curves: dict[str, list[Look]], path: Path) -> None:
             mine = [look for look in looks if look.rank == rank]
             label = f"{backend}, rank {rank} and {N_WORKERS} workers"
             axes.plot([look.batches for look in mine], [look.megabytes for look in mine], label=label, linewidth=1)
-    axes.set(xlabel="batches", ylabel="MB (USS)", ylim=(0, None))
+    axes.set(xlabel="batches", ylabel="MB", ylim=(0, None))
     axes.legend(fontsize=8)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -18,6 +18,28 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+def _anchors(page: Path) -> set[str]:
+    """What a link to a heading of `page` ends in, as GitHub makes it of the heading."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_headings_lead_to_one(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8"))
+    missing = [
+        f"{path}#{anchor}" for path, anchor in links if anchor not in _anchors(page.parent / path if path else page)
+    ]
+    assert not missing
+
+
+def test_make_has_the_targets_that_are_named() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"`make\s+([a-z-]+)", page.read_text(encoding="utf-8"))}
+    assert {"test", "demo"} <= named <= targets
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_choices_in_commands_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -92,6 +92,24 @@ def test_loaders_take_rank_and_world_size_from_the_trainer(config: DataConfig) -
     assert len(set(train_ids)) == 8
 
 
+def test_devices_that_see_other_data_are_refused(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs: list[Any] = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+
+    def gather(results: list[Any], mine: Any) -> None:
+        results[:] = [mine, mine, theirs[0] if theirs else mine]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    for backend in ("indexed", "stream"):
+        data = PairDataModule(replace(config, backend=backend))  # type: ignore[arg-type]
+        theirs.clear()
+        data.train_dataloader()
+        theirs.append("of other shards")
+        with pytest.raises(ValueError, match=r"see the same data, got other shards or samples on device 2 than on"):
+            data.train_dataloader()
+
+
 def test_train_captions_are_all_captions_in_order(config: DataConfig) -> None:
     assert list(PairDataModule(config).train_captions()) == [f"number {i}" for i in range(11)]
 

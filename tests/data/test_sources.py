@@ -30,6 +30,7 @@ def test_paths_without_weight_are_one_source_and_mappings_are_others() -> None:
         Source(paths=("b.tar", "c.tar"), weight=2.5),
         Source(paths=("d",)),
     ]
+    assert parse_sources({"path": "a.tar", "weight": 2}) == [Source(paths=("a.tar",), weight=2.0)]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +189,20 @@ def test_folder_of_shards_is_refused_with_the_way_out(write_shard: WriteShard, m
     (folder / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"folder '.*empty' must hold pictures"):
         open_index([f"{folder}/empty"])
+
+
+def test_two_stars_name_all_depths_and_two_ways_to_one_file_are_refused(
+    write_shard: WriteShard, make_samples: MakeSamples
+) -> None:
+    shards = [Path(write_shard(f"{i}.tar", make_samples(1, start=i))) for i in range(2)]
+    root = shards[0].parent
+    (root / "deep" / "er").mkdir(parents=True)
+    shards[1].rename(root / "deep" / "er" / "1.tar")
+    assert [sample.key for sample in open_index([f"{root}/**/*.tar"])] == ["000000", "000001"]
+    (root / "link").symlink_to(root / "deep")
+    for other in ("deep/../deep/er/1.tar", "link/er/1.tar"):
+        with pytest.raises(ValueError, match=r"each shard must be named once, got '.*/deep/er/1\.tar' 2 times"):
+            open_index([f"{root}/deep/er/1.tar", f"{root}/{other}"])
 
 
 def test_selection_keeps_order_and_blocks(write_shard: WriteShard, make_samples: MakeSamples) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from http_files import serve
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from dalle1.data.config import DataConfig
@@ -33,6 +39,29 @@ def shards(write_shard: WriteShard, make_samples: MakeSamples) -> tuple[str, ...
     starts = [0, 5, 11, 18, 26]
     pairs = itertools.pairwise(starts)
     return tuple(write_shard(f"{n}.tar", make_samples(b - a, start=a)) for n, (a, b) in enumerate(pairs))
+
+
+Shards = tuple[tuple[str, ...], dict[str, int]]
+
+
+@pytest.fixture(scope="module")
+def samples_of_shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """Shards of no to eight samples, one in five of which is bad, and the shard of each good one."""
+    folder = tmp_path_factory.mktemp("shards")
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    shards, shard_of = [], {}
+    for shard, n_samples in enumerate((3, 0, 8, 1, 5, 2, 7)):
+        shards.append(str(folder / f"{shard}.tar"))
+        with tarfile.open(shards[-1], "w") as tar:
+            for i in range(n_samples):
+                content = b"broken" if (shard + i) % 5 == 0 else picture.getvalue()
+                member = tarfile.TarInfo(f"{shard}-{i}.png")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+                if content != b"broken":
+                    shard_of[f"{shard}-{i}"] = shard
+    return tuple(shards), shard_of
 
 
 def settings(shards: tuple[str, ...], **changes: Any) -> StreamSettings:
@@ -124,6 +153,38 @@ def test_visits_that_are_done_are_those_whose_samples_were_all_handed_out(shards
     assert len(set(take(resumed, sizes[first_two[1]]))) == sizes[first_two[1]]
 
 
+@settings_of_hypothesis(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_samples_of_visits_that_are_done_were_all_handed_out(samples_of_shards: Shards, data: st.DataObject) -> None:
+    # Whatever devices there are before and after stops, and however many samples are bad or shards empty.
+    shards, shard_of = samples_of_shards
+    draw = data.draw
+    of = settings(
+        shards,
+        on_bad_sample="skip",
+        buffer=draw(st.sampled_from([1, 3, 12, 40])),
+        batch_size=draw(st.sampled_from([1, 2, 5])),
+    )
+    seed = draw(st.integers(0, 99))
+    done, seen = VisitsDone(), Counter[str]()
+    for _ in range(3):
+        world_size = draw(st.integers(1, 3))
+        parts = []
+        for rank in range(world_size):
+            stream = loader(of, seed=seed, rank=rank, world_size=world_size)
+            stream._done.add(range(done.all_below))
+            stream._done.add(done.others)
+            seen.update(take(stream, draw(st.integers(0, 40))))
+            parts.append(stream._done)
+        done = VisitsDone()
+        for part in parts:
+            done.add(range(part.all_below))
+            done.add(part.others)
+    order = SampleOrder([1] * len(shards), seed=seed)
+    visited = Counter(int(order.take(visit, visit + 1)[0][0]) for visit in [*range(done.all_below), *done.others])
+    assert all(seen[key] >= visited[shard] for key, shard in shard_of.items())
+
+
 def test_resume_with_other_devices_goes_on(shards: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     streams = [loader(settings(shards), rank=rank, world_size=2) for rank in range(2)]
     for stream in streams:
@@ -212,6 +273,14 @@ def test_shards_without_any_sample_end_the_stream(tmp_path: Path) -> None:
         ValueError, match=r"got none from 10 in a row, the last '.*\.tar' \(shard cannot be read \(3\)\)"
     ):
         take(loader(settings(gone, on_bad_sample="skip")), 1)
+
+
+def test_bad_samples_alone_end_the_stream(write_shard: WriteShard) -> None:
+    bad = write_shard("bad.tar", [(f"{i}.png", b"broken") for i in range(3)])
+    with pytest.raises(
+        ValueError, match=r"must be good, got 1000 bad ones in a row; the last: picture of"
+    ):
+        take(loader(settings((bad,), on_bad_sample="skip")), 1)
 
 
 def test_filters_leave_out_and_count(shards: tuple[str, ...]) -> None:
