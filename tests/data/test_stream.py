@@ -277,9 +277,7 @@ def test_shards_without_any_sample_end_the_stream(tmp_path: Path) -> None:
 
 def test_bad_samples_alone_end_the_stream(write_shard: WriteShard) -> None:
     bad = write_shard("bad.tar", [(f"{i}.png", b"broken") for i in range(3)])
-    with pytest.raises(
-        ValueError, match=r"must be good, got 1000 bad ones in a row; the last: picture of"
-    ):
+    with pytest.raises(ValueError, match=r"must be good, got 1000 bad ones in a row; the last: picture of"):
         take(loader(settings((bad,), on_bad_sample="skip")), 1)
 
 
