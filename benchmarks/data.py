@@ -3,7 +3,8 @@
 From JPEG files in tar shards to batches of 32 squares of 256 x 256 pixels by the paper's two augmentations. All sides
 draw the same kind of crops and read the captions too; nothing is shuffled. Sides:
 
-    ours      what `PairDataset` makes its samples of: `ShardIndex` and `Preparation`; uint8, as the device gets them
+    ours      what `PairDataset` makes its samples of: `ShardIndex` and `Preparation`; batches are uint8, and become
+              floats on the device
     theirs    WebDataset as its documentation shows it: `decode("pilrgb")`, the same steps with Pillow (crop, resize by
               BOX, crop, flip), and float32 from 0 to 1, which is what `ToTensor` of torchvision gives
     uint8     theirs without the last step

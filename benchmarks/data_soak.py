@@ -159,7 +159,7 @@ def read(rank: int, shards: str, backend: Any, n_batches: int, folder: Path, con
     done = 0
     while done < n_batches:
         for batch in loader:
-            assert batch["image"].shape == (BATCH_SIZE, 3, 32, 32), batch["image"].shape
+            assert batch["pixels"].shape == (BATCH_SIZE, 3, 32, 32), batch["pixels"].shape
             assert batch["text_tokens"].shape == (BATCH_SIZE, 16), batch["text_tokens"].shape
             done += 1
             if done % EVERY == 0:

@@ -37,6 +37,7 @@ from dalle1.cli import errors_in_one_line
 from dalle1.data.config import DataConfig
 from dalle1.data.datamodule import PairDataModule
 from dalle1.data.fields import require_int
+from dalle1.data.transforms import to_unit_interval
 from dalle1.evaluation.codebook_usage import codebook_usage
 from dalle1.evaluation.image_quality import psnr_db, squared_error, ssim
 from dalle1.evaluation.pictures import save_picture, to_pictures
@@ -94,7 +95,7 @@ def _batches(data: PairDataModule) -> Iterator[Tensor]:
     loader = data.train_dataloader()
     while True:
         for batch in loader:
-            yield batch["image"]
+            yield to_unit_interval(batch["pixels"])
 
 
 def shards(options: argparse.Namespace, seed: int) -> list[str]:
@@ -125,7 +126,7 @@ def compare_quality(options: argparse.Namespace, *, seed: int, step_seconds: flo
     ours = train_ours(shards(options, seed), run_dir, seconds=seconds, step_seconds=step_seconds)
     our_seconds = time.monotonic() - started
     sides = {"ours": partial(reconstruct_ours, ours), "peer": partial(peer_dvae.reconstruct, peer)}
-    image = next(iter(data.val_dataloader()))["image"][:8]
+    image = to_unit_interval(next(iter(data.val_dataloader()))["pixels"][:8])
     rows = {"original": image, **{side: reconstruct(image)[1] for side, reconstruct in sides.items()}}
     blocks = [GridBlock(title=name, pictures=to_pictures(row), columns=len(row)) for name, row in rows.items()]
     save_picture(draw_page(blocks), run_dir / "compared.png")
@@ -145,10 +146,11 @@ def quality(reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], data: PairDa
     counts = torch.zeros(8192, dtype=torch.int64)
     psnr, similarity = [], []
     for batch in data.val_dataloader():
-        tokens, image = reconstruct(batch["image"])
+        original = to_unit_interval(batch["pixels"])
+        tokens, image = reconstruct(original)
         counts += torch.bincount(tokens.flatten(), minlength=len(counts))
-        psnr.append(psnr_db(squared_error(image, batch["image"])))
-        similarity.append(ssim(image, batch["image"]))
+        psnr.append(psnr_db(squared_error(image, original)))
+        similarity.append(ssim(image, original))
     usage = codebook_usage(counts)
     return {
         "psnr_db": round(float(torch.cat(psnr).mean()), 2),

@@ -40,6 +40,7 @@ from dalle1.cli import errors_in_one_line
 from dalle1.data.config import DataConfig
 from dalle1.data.datamodule import PairDataModule
 from dalle1.data.fields import require_int
+from dalle1.data.transforms import to_unit_interval
 from dalle1.models.options import AttentionPattern
 from dalle1.models.transformer import TransformerConfig
 from dalle1.tokenizers.caption_encoder import CaptionEncoder
@@ -114,7 +115,8 @@ def make_tokens(cfg: Any) -> dict[str, Tokens]:
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
         parts = []
         for batch in tqdm(loader, desc=f"tokens, {split}", unit="batch", disable=None):
-            image = image_tokenizer.encode(batch["image"]).flatten(1).clone()  # out of inference mode
+            image = image_tokenizer.encode(to_unit_interval(batch["pixels"])).flatten(1)
+            image = image.clone()  # out of inference mode
             parts.append({"index": batch["index"], "text": batch["text_tokens"], "image": image})
         tokens[split] = {name: torch.cat([part[name] for part in parts]) for name in ("index", "text", "image")}
     return tokens

@@ -18,6 +18,7 @@ from dalle1.checkpoint import load_dvae, load_transformer
 from dalle1.data.dataset import PairDataset
 from dalle1.data.preparation import Preparation, collate
 from dalle1.data.shards import ShardIndex
+from dalle1.data.transforms import to_unit_interval
 from dalle1.evaluation.codebook_usage import codebook_usage
 from dalle1.evaluation.image_quality import psnr_db, squared_error
 
@@ -84,7 +85,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
 
     dvae = load_dvae(run / "checkpoints" / "last.ckpt").model
     pictures = PairDataset(ShardIndex(f"{tmp_path}/data/shapes/val-*.tar"), Preparation(image_size=16))
-    image = collate([pictures[i] for i in range(len(pictures))])["image"]
+    image = to_unit_interval(collate([pictures[i] for i in range(len(pictures))])["pixels"])
     tokens = dvae.encode(image)
     error = squared_error(dvae.decode(tokens), image)
     usage = codebook_usage(torch.bincount(tokens.flatten(), minlength=16))

@@ -73,7 +73,7 @@ def test_loaders_give_batches_of_their_shards(config: DataConfig) -> None:
     data = PairDataModule(config, encode_text=encode_length)
     data.setup("fit")
     train, val = next(iter(data.train_dataloader())), list(data.val_dataloader())
-    assert train["image"].shape == (2, 3, 4, 4)
+    assert train["pixels"].shape == (2, 3, 4, 4)
     assert train["text_tokens"].tolist() == [[len(caption), True] for caption in train["caption"]]
     assert val[0]["text_tokens"].tolist() == [[9, False]] * 2, "captions vary in training alone"
     assert [batch["caption"] for batch in val] == [["number 20", "number 21"], ["number 22"]]
@@ -165,7 +165,7 @@ def test_only_training_pictures_are_augmented(config: DataConfig, write_shard: W
     def images(config: DataConfig) -> tuple[list[Tensor], list[Tensor]]:
         data = PairDataModule(config)
         train, val = data.train_dataloader(), data.val_dataloader()
-        return [batch["image"] for _ in range(2) for batch in train], [batch["image"] for batch in (*val, *val)]
+        return [batch["pixels"] for _ in range(2) for batch in train], [batch["pixels"] for batch in (*val, *val)]
 
     plain, augmented = images(config), images(replace(config, augmentation="dvae"))
     assert all(torch.equal(image, plain[1][0]) for image in (*plain[0], *plain[1], *augmented[1]))
@@ -248,7 +248,7 @@ class Recorder(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self.seen.append(batch["index"].tolist())
-        self.images.append(batch["image"])
+        self.images.append(batch["pixels"])
         return self.weight.sum()
 
     def on_train_batch_end(self, *_: object) -> None:
@@ -256,7 +256,7 @@ class Recorder(pl.LightningModule):
             self.trainer.save_checkpoint(self._checkpoint)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        assert batch["image"].shape[1:] == (3, 4, 4)
+        assert batch["pixels"].shape[1:] == (3, 4, 4)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import pickle
 import traceback
@@ -78,9 +79,9 @@ def test_batch_has_the_documented_shapes_and_ranges(write_shard: WriteShard, mak
     index = ShardIndex(write_shard("a.tar", make_samples(3)))
     dataset = pairs(index, encode_text=encode_length)
     batch = collate([dataset[2], dataset[1]])
-    assert batch["image"].shape == (2, 3, 4, 4)
-    assert batch["image"].dtype == torch.float32
-    assert torch.equal(batch["image"][:, 0, 0, 0], torch.tensor([2.0, 1.0]) / 255)
+    assert batch["pixels"].shape == (2, 3, 4, 4)
+    assert batch["pixels"].dtype == torch.uint8
+    assert batch["pixels"][:, 0, 0, 0].tolist() == [2, 1]
     assert batch["text_tokens"].tolist() == [[8, 0], [8, 0]]
     assert batch["text_tokens"].dtype == torch.int64
     assert batch["caption"] == ["number 2", "number 1"]
@@ -93,7 +94,7 @@ def test_captions_are_not_needed_without_an_encoder(mixed: ShardIndex) -> None:
     batch = collate([pairs(mixed)[i] for i in (0, 3, 4, 5)])
     assert "text_tokens" not in batch
     assert batch["caption"] == [""] * 4
-    assert batch["image"].shape == (4, 3, 4, 4)
+    assert batch["pixels"].shape == (4, 3, 4, 4)
 
 
 @pytest.mark.parametrize(("i", "reason"), REASONS.items())
@@ -184,6 +185,18 @@ def test_skip_raises_if_all_samples_are_bad(write_shard: WriteShard) -> None:
         pairs(index, on_bad_sample="skip")[1]
 
 
+def test_bad_samples_that_are_skipped_stay_in_no_memory(mixed: ShardIndex) -> None:
+    dataset = pairs(mixed, encode_text=encode_length, on_bad_sample="skip")
+    gc.collect()
+    gc.disable()  # it comes late where millions of objects live, as in a training process
+    try:
+        for i in range(len(dataset)):
+            dataset[i]
+        assert not [each for each in gc.get_objects() if type(each) is BadSampleError]
+    finally:
+        gc.enable()
+
+
 def test_captions_follow_the_policy(mixed: ShardIndex) -> None:
     captions = list(pairs(mixed, on_bad_sample="skip").captions())
     assert captions == ["good", "no picture", "broken picture", "too long" * 5, "good"]
@@ -204,11 +217,11 @@ def test_cached_pictures_are_decoded_once_and_unchanged(
     monkeypatch.setattr("dalle1.data.preparation.decode_image", count)
     index = ShardIndex(write_shard("a.tar", make_samples(2)))
     cached = pairs(index, cache_images=True)
-    first = collate([cached[0], cached[1]])["image"]
+    first = collate([cached[0], cached[1]])["pixels"]
     first.mul_(0)
-    again = collate([cached[0], cached[1]])["image"]
+    again = collate([cached[0], cached[1]])["pixels"]
     assert n_decoded == 2
-    assert torch.equal(again, collate([pairs(index)[i] for i in range(2)])["image"])
+    assert torch.equal(again, collate([pairs(index)[i] for i in range(2)])["pixels"])
 
 
 @pytest.fixture

@@ -69,14 +69,14 @@ def test_one_pass_has_the_full_batches_of_an_epoch_and_the_next_another_order() 
 def test_every_sample_comes_once_an_epoch_and_as_in_that_epoch() -> None:
     loader = resumable()
     seen = [
-        (round(255 * float(pixels.max())), i)
+        (int(pixels.max()), i)
         for _ in range(11)
         for batch in loader
-        for pixels, i in zip(batch["image"], batch["index"].tolist(), strict=True)
+        for pixels, i in zip(batch["pixels"], batch["index"].tolist(), strict=True)
     ]
     assert sorted(seen) == [(epoch, i) for epoch in range(10) for i in range(11)]
     assert [epoch for epoch, _ in seen] == sorted(epoch for epoch, _ in seen)
-    assert all(float(batch["image"].max()) == 0 for batch in validation_loader(NumberedSamples(), batch_size=2))
+    assert all(int(batch["pixels"].max()) == 0 for batch in validation_loader(NumberedSamples(), batch_size=2))
 
 
 @given(
@@ -155,11 +155,11 @@ def test_waiting_is_measured() -> None:
 def test_batches_and_resume_do_not_depend_on_workers(write_shard: WriteShard, make_samples: MakeSamples) -> None:
     dataset = PairDataset(ShardIndex(write_shard("a.tar", make_samples(11))), Preparation(image_size=4))
     alone, helped = load(dataset), load(dataset, num_workers=2)
-    expected = [batch["image"] for _ in range(2) for batch in alone]
+    expected = [batch["pixels"] for _ in range(2) for batch in alone]
     # The pass is left while the workers are some batches ahead.
-    batches = [batch["image"] for _, batch in zip(range(3), helped, strict=False)]
+    batches = [batch["pixels"] for _, batch in zip(range(3), helped, strict=False)]
     assert helped.state_dict()["samples_handed_out"] == 6
-    batches += [batch["image"] for _ in range(2) for batch in helped]
+    batches += [batch["pixels"] for _ in range(2) for batch in helped]
     helped.close()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(batches, expected, strict=True))
 
@@ -177,13 +177,13 @@ def test_augmented_batches_and_resume_do_not_depend_on_workers(
         return load(PairDataset(index, preparation), seed=1, num_workers=num_workers)
 
     whole = loader(0)
-    expected = [batch["image"] for _ in range(3) for batch in whole]
+    expected = [batch["pixels"] for _ in range(3) for batch in whole]
     before = loader(num_workers)
-    batches = [batch["image"] for _, batch in zip(range(2), before, strict=False)]
+    batches = [batch["pixels"] for _, batch in zip(range(2), before, strict=False)]
     after = loader(num_workers)
     after.load_state_dict(before.state_dict())
     before.close()
-    batches += [batch["image"] for _ in range(3) for batch in after]
+    batches += [batch["pixels"] for _ in range(3) for batch in after]
     after.close()
     assert len(expected) == 9
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(batches, expected, strict=True))

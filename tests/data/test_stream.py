@@ -310,7 +310,7 @@ class Recorder(pl.LightningModule):
             self.trainer.save_checkpoint(self._checkpoint)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        assert batch["image"].shape[1:] == (3, 4, 4)
+        assert batch["pixels"].shape[1:] == (3, 4, 4)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -142,7 +142,7 @@ def test_crops_are_taken_in_turns(write_shard: WriteShard) -> None:
     batch = collate([dataset.sample(0, draw) for draw in range(4)])
     first, second = tokens_of(3).reshape(2, 6).tolist()
     assert batch["image_tokens"].tolist() == [first, second, first, second]
-    assert "image" not in batch
+    assert "pixels" not in batch
 
 
 def test_manifest_is_read_back_and_names_its_shards(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dalle1.checkpoint import load_dvae, read_checkpoint, weights_sha256
 from dalle1.data.dataset import PairDataset
 from dalle1.data.preparation import Batch, Preparation, collate
 from dalle1.data.shards import ShardIndex
+from dalle1.data.transforms import to_unit_interval
 from dalle1.evaluation.codebook_usage import codebook_usage
 from dalle1.evaluation.image_quality import psnr_db, squared_error, ssim
 from dalle1.losses import logit_laplace_nll
@@ -45,7 +46,8 @@ def make_module(
 
 
 def batch_of(*shape: int) -> Batch:
-    return {"image": torch.rand(shape, generator=torch.Generator().manual_seed(0))}  # type: ignore[typeddict-item]
+    generator = torch.Generator().manual_seed(0)
+    return {"pixels": torch.randint(256, shape, dtype=torch.uint8, generator=generator)}  # type: ignore[typeddict-item]
 
 
 def validated(module: DVAEModule, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
@@ -58,7 +60,7 @@ def test_summary_is_what_the_checkpoint_gives(trained: Path, shapes: Path) -> No
     summary = json.loads((trained / "dvae" / "summary.json").read_text())
     dvae = load_dvae(trained / "dvae" / "checkpoints" / "last.ckpt").model
     pictures = PairDataset(ShardIndex(f"{shapes}/val-*.tar"), Preparation(image_size=16))
-    image = collate([pictures[i] for i in range(len(pictures))])["image"]
+    image = to_unit_interval(collate([pictures[i] for i in range(len(pictures))])["pixels"])
 
     logits = dvae.logits(image)
     seen = dvae.decode(logits.argmax(-1))

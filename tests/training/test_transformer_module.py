@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dalle1.data.transforms import to_unit_interval
 from dalle1.models.dvae import DVAE
 from dalle1.models.transformer import DalleTransformer
 from dalle1.tokenizers.image import ImageTokenizer
@@ -52,15 +53,16 @@ def make_module(
 def batch_of(module: TransformerModule, n: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     config, factor = module.model.config, module.image_tokenizer.dvae.config.downsampling
-    image = torch.rand(n, 3, config.grid_height * factor, config.grid_width * factor, generator=generator)
+    size = (n, 3, config.grid_height * factor, config.grid_width * factor)
+    pixels = torch.randint(256, size, dtype=torch.uint8, generator=generator)
     assert module.text_tokenizer is not None
     captions = ["a red circle", "a blue square on the left", "two green stars", "a red square"]
     text = module.text_tokenizer.encode([captions[i % 4] for i in range(n)])
-    return {"image": image, "text_tokens": text, "index": torch.arange(n)}
+    return {"pixels": pixels, "text_tokens": text, "index": torch.arange(n)}
 
 
 def nats(module: TransformerModule, batch: dict[str, Tensor], dropped: Tensor | None) -> tuple[float, float]:
-    tokens = module.image_tokenizer.encode(batch["image"]).flatten(1).clone()
+    tokens = module.image_tokenizer.encode(to_unit_interval(batch["pixels"])).flatten(1).clone()
     module._step("train", batch, tokens, dropped)
     return module.logged["text_nats_per_token"].item(), module.logged["image_nats_per_token"].item()
 
@@ -131,7 +133,7 @@ def make_update(monkeypatch: pytest.MonkeyPatch) -> Step:
     def update(module: TransformerModule, batch: dict[str, Tensor]) -> None:
         optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[index]
         optimizer.zero_grad()
-        tokens = module.image_tokenizer.encode(batch["image"]).flatten(1).clone()
+        tokens = module.image_tokenizer.encode(to_unit_interval(batch["pixels"])).flatten(1).clone()
         module._step("train", batch, tokens).backward()
         module.configure_gradient_clipping(optimizer)
         optimizer.step()

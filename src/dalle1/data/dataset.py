@@ -121,8 +121,8 @@ class PairDataset(Dataset[Sample]):
             except BadSampleError as error:
                 self._bad_samples.pass_over(error)
                 findings[self.index[candidate].describe()] = error.kind
-                last_error = error
-        raise BadSampleError(f"at least one sample must be good, got {n_tries} bad ones; the last: {last_error}")
+                last = str(error)  # not the error itself, which would keep all that led to it, the picture too
+        raise BadSampleError(f"at least one sample must be good, got {n_tries} bad ones; the last: {last}")
 
     def captions(self) -> Iterator[str]:
         """All good captions in the order of the index, to train a tokenizer on; no picture is read.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dalle1.data.preparation import Batch
+from dalle1.data.transforms import to_unit_interval
 from dalle1.losses import contrastive_loss
 from dalle1.models.clip import CLIP
 from dalle1.training.stage_module import StageModule
@@ -31,7 +32,7 @@ class CLIPModule(StageModule):
         self._step("val", batch)
 
     def _step(self, split: str, batch: Batch) -> Tensor:
-        image = self._gather(self.model.encode_image(batch["image"]), split)
+        image = self._gather(self.model.encode_image(to_unit_interval(batch["pixels"])), split)
         text = self._gather(self.model.encode_text(batch["text_tokens"]), split)
         scale = self.model.logit_scale
         loss = contrastive_loss(image, text, scale)
@@ -41,7 +42,7 @@ class CLIPModule(StageModule):
             "caption_accuracy": right.float().mean(),  # share of pictures whose own caption is the nearest
             "logit_scale": scale.detach(),
         }
-        self.log_means(split, values, len(batch["image"]))
+        self.log_means(split, values, len(batch["pixels"]))
         return loss
 
     def _gather(self, features: Tensor, split: str) -> Tensor:

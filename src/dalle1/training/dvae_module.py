@@ -107,7 +107,7 @@ class DVAEModule(StageModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Negative relaxed evidence bound of one batch, in nats per pixel value."""
-        image, step = batch["image"], self.global_step
+        image, step = to_unit_interval(batch["pixels"]), self.global_step
         if step < self.optim.codebook_start_step:
             parameters = self.model.decode_vectors(self.model.features(image))
             # DDP wants a gradient of every weight, be it zero.
@@ -141,7 +141,7 @@ class DVAEModule(StageModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log what hard and relaxed codes lose, and count the hard ones; without codes, what the autoencoder loses."""
-        image = batch["image"]
+        image = to_unit_interval(batch["pixels"])
         if not self._has_codes:
             parameters = self.model.decode_vectors(self.model.features(image))
             losses = _losses(image, parameters, self._nll(image, parameters), prefix="autoencoder_")
@@ -184,7 +184,7 @@ class DVAEModule(StageModule):
     @torch.no_grad()
     def draw_pictures(self, batch: Batch) -> dict[str, Image.Image]:
         """Pictures above what relaxed and hard codes make of them and the codes; how the validation set uses codes."""
-        image = batch["image"].to(self.device)
+        image = to_unit_interval(batch["pixels"].to(self.device))
         if not self._has_codes:
             title = f"autoencoder: codes begin after step {self.optim.codebook_start_step}"
             seen = reconstruction(self.model.decode_vectors(self.model.features(image)))

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.data.preparation import Batch
+from dalle1.data.transforms import to_unit_interval
 from dalle1.evaluation.pictures import to_pictures
 from dalle1.losses import masked_mean
 from dalle1.models.accounting import count_flops
@@ -160,7 +161,7 @@ class TransformerModule(StageModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the same for the validation set."""
         self._step(
-            "val", batch, batch["image_tokens"] if "image_tokens" in batch else self._image_tokens(batch["image"])
+            "val", batch, batch["image_tokens"] if "image_tokens" in batch else self._image_tokens(batch["pixels"])
         )
 
     def draw_pictures(self, batch: Batch) -> dict[str, Image.Image]:
@@ -199,8 +200,8 @@ class TransformerModule(StageModule):
         self.log_means(split, values, len(text_tokens))
         return losses.loss
 
-    def _image_tokens(self, image: Tensor) -> Tensor:
-        tokens = self.image_tokenizer.encode(image).flatten(1)
+    def _image_tokens(self, pixels: Tensor) -> Tensor:
+        tokens = self.image_tokenizer.encode(to_unit_interval(pixels)).flatten(1)
         # Out of inference mode: autograd must be able to use them.
         return tokens.clone()
 
@@ -208,11 +209,11 @@ class TransformerModule(StageModule):
         if "image_tokens" in batch:
             return batch["image_tokens"]
         if not self.optim.cache_image_tokens:
-            return self._image_tokens(batch["image"])
+            return self._image_tokens(batch["pixels"])
         wanted = batch["index"].tolist()
         missing = [place for place, index in enumerate(wanted) if index not in self.known_tokens]
         if missing:
-            small = self._image_tokens(batch["image"][missing]).to("cpu", torch.int32)
+            small = self._image_tokens(batch["pixels"][missing]).to("cpu", torch.int32)
             self.known_tokens.update({wanted[place]: tokens for place, tokens in zip(missing, small, strict=True)})
         return torch.stack([self.known_tokens[index] for index in wanted]).to(self.device, torch.int64)
 
