@@ -185,7 +185,8 @@ def test_skip_raises_if_all_samples_are_bad(write_shard: WriteShard) -> None:
         pairs(index, on_bad_sample="skip")[1]
 
 
-def test_bad_samples_that_are_skipped_stay_in_no_memory(mixed: ShardIndex) -> None:
+def test_bad_samples_that_are_skipped_stay_in_no_memory(mixed: ShardIndex, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)  # else pytest keeps what is logged
     dataset = pairs(mixed, encode_text=encode_length, on_bad_sample="skip")
     gc.collect()
     gc.disable()  # it comes late where millions of objects live, as in a training process
