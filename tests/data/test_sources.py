@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dalle1.data.folders import FolderIndex, TableIndex
-from dalle1.data.raw_sample import BadSampleError
+from dalle1.data.raw_sample import CAPTION, METADATA, BadSampleError
 from dalle1.data.sample_index import PackedStrings, SampleIndex, Selection
 from dalle1.data.sources import Source, is_remote, open_index, parse_sources
 
@@ -211,6 +211,28 @@ def test_selection_keeps_order_and_blocks(write_shard: WriteShard, make_samples:
     assert [sample.key for sample in chosen] == ["000000", "000002", "000007"]
     assert chosen.block_sizes.tolist() == [2, 0, 1]
     assert len(chosen) == 3
+
+
+def test_part_has_its_samples_and_little_else(folder: Path, write_shard: WriteShard, make_samples: MakeSamples) -> None:
+    table = folder.parent / "list.jsonl"
+    _write_table(table)
+    shards = [write_shard(f"{i}.tar", make_samples(4, start=4 * i)) for i in range(3)]
+    shards.insert(2, write_shard("empty.tar", []))
+    alone, joined = open_index(shards), open_index([*shards, str(folder), str(table)])
+    chosen = Selection(joined, np.array([0, 1, 5, 9, 12, 15]))
+    for index in (alone, joined, chosen, FolderIndex(str(folder)), TableIndex(str(table))):
+        for start in range(len(index)):
+            for stop in range(start + 1, len(index) + 1):
+                part = pickle.loads(pickle.dumps(index.part(range(start, stop))))
+                assert len(part) == stop - start
+                for sample, i in zip(part, range(start, stop), strict=True):
+                    assert (sample.key, sample.container) == (index[i].key, index[i].container)
+                    assert (sample.part(METADATA), sample.part(CAPTION)) == (
+                        index[i].part(METADATA),
+                        index[i].part(CAPTION),
+                    )
+    many = open_index([write_shard("many.tar", make_samples(500))])
+    assert len(pickle.dumps(many.part(range(7, 9)))) < len(pickle.dumps(many)) / 10
 
 
 @pytest.mark.parametrize("strings", [[], ["", "a", "", "日本\udcff"], ["x" * 1000]])

@@ -128,18 +128,22 @@ def _judged(index: SampleIndex, config: FilterConfig, caption: CaptionSource, pa
 
 
 class _Judge:
-    """Looks at samples by their numbers; can be pickled."""
+    """Looks at samples by their numbers."""
 
-    def __init__(self, index: SampleIndex, config: FilterConfig, caption: CaptionSource) -> None:
+    def __init__(self, index: SampleIndex, config: FilterConfig, caption: CaptionSource, first: int = 0) -> None:
         self._index = index
         self._config = config
         self._caption = caption
+        self._first = first  # number of the first sample of `index`
+
+    def part(self, numbers: range) -> _Judge:
+        return _Judge(self._index.part(numbers), self._config, self._caption, first=numbers.start)
 
     def __call__(self, numbers: Iterable[int]) -> _Part:
         reason_of = reason_to_drop(self._config)
         reasons, hashes = {}, {}
         for number in numbers:
-            raw = self._index[number]
+            raw = self._index[number - self._first]
             reason = reason_of(read_facts(raw, self._caption, self._config))
             if reason is not None:
                 reasons[number] = reason

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ class FolderIndex(SampleIndex):
         name = self._names[i]
         return RawSample(key=name, container=self._folder, read_part=partial(_read_beside, Path(self._folder, name)))
 
+    def part(self, numbers: range) -> SampleIndex:
+        """See `SampleIndex`."""
+        part = copy(self)
+        part._names = self._names.part(numbers)
+        part.block_sizes = _blocks_of(len(numbers))
+        return part
+
 
 def _read_beside(picture: Path, part: int, n_bytes: int) -> bytes | None:
     """A part of the sample that a picture file is the picture of."""
@@ -112,6 +120,13 @@ class TableIndex(SampleIndex):
     def __getitem__(self, i: int) -> RawSample:
         """See `SampleIndex`."""
         return RawSample(key=self._keys[i], container=self._table, read_part=partial(self._read, i))
+
+    def part(self, numbers: range) -> SampleIndex:
+        """See `SampleIndex`."""
+        part = copy(self)
+        part._keys, part._rows = self._keys.part(numbers), self._rows.part(numbers)
+        part.block_sizes = _blocks_of(len(numbers))
+        return part
 
     def _read(self, i: int, part: int, n_bytes: int) -> bytes | None:
         if part == PICTURE:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
-T = TypeVar("T")
+T = TypeVar("T", covariant=True)
 
 
-def map_parts(work: Callable[[Iterable[int]], T], parts: Sequence[range], n_processes: int) -> Iterator[T]:
+class Work(Protocol[T]):
+    """Something to do with samples by their numbers; its parts can be pickled."""
+
+    def __call__(self, numbers: Iterable[int]) -> T:
+        """Do it."""
+
+    def part(self, numbers: range) -> Work[T]:
+        """The same for these numbers alone, which takes no more memory than they need."""
+
+
+def map_parts(work: Work[T], parts: Sequence[range], n_processes: int) -> Iterator[T]:
     """What `work` gives for the numbers of each part, in order; in this process for less than two processes or parts.
-
-    `work` must be one that can be pickled.
 
     Raises: ValueError if a process ends before its work.
     """
@@ -28,10 +36,10 @@ def map_parts(work: Callable[[Iterable[int]], T], parts: Sequence[range], n_proc
     # Not fork: the caller may have started threads, whose locks a forked child could inherit taken.
     context = get_context("spawn")
     stop = context.Event()
-    pool = ProcessPoolExecutor(n_processes, context, initializer=_start, initargs=(work, stop))
+    pool = ProcessPoolExecutor(n_processes, context, initializer=_start, initargs=(stop,))
     try:
         with _ctrl_c_waits():
-            results = pool.map(_work_on, parts)
+            results = pool.map(_work_on, map(work.part, parts), parts)
         yield from results
     except BrokenProcessPool as error:
         raise ValueError(
@@ -63,13 +71,12 @@ def _ctrl_c_waits() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-_here: list[tuple[Callable[[Iterable[int]], Any], Event]] = []  # of a process that works on parts
+_stop: list[Event] = []  # of a process that works on parts
 
 
-def _start(work: Callable[[Iterable[int]], Any], stop: Event) -> None:
-    _here[:] = [(work, stop)]
+def _start(stop: Event) -> None:
+    _stop[:] = [stop]
 
 
-def _work_on(numbers: range) -> Any:
-    work, stop = _here[0]
-    return work(number for number in numbers if not stop.is_set())
+def _work_on(work: Work[T], numbers: range) -> T:
+    return work(number for number in numbers if not _stop[0].is_set())

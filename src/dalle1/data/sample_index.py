@@ -33,6 +33,14 @@ class PackedStrings:
         whole._text = np.concatenate([whole._text, *(part._text for part in parts)])
         return whole
 
+    def part(self, numbers: range) -> PackedStrings:
+        """The strings with these numbers, at least one."""
+        start = int(self._ends[numbers.start - 1]) if numbers.start else 0
+        part = PackedStrings([])
+        part._ends = self._ends[numbers.start : numbers.stop] - start
+        part._text = self._text[start : start + int(part._ends[-1])]
+        return part
+
     def __len__(self) -> int:
         """Number of strings."""
         return len(self._ends)
@@ -66,6 +74,10 @@ class SampleIndex(ABC):
     def __getitem__(self, i: int) -> RawSample:
         """Sample number `i`, in [0, len); nothing of it is read yet."""
 
+    @abstractmethod
+    def part(self, numbers: range) -> SampleIndex:
+        """The samples with these numbers, at least one, under the numbers from 0: small enough to be sent anywhere."""
+
 
 class JoinedIndex(SampleIndex):
     """The samples of several indexes, one after the other."""
@@ -82,6 +94,15 @@ class JoinedIndex(SampleIndex):
         number = int(np.searchsorted(self._ends, i, side="right"))
         return self._parts[number][i - (int(self._ends[number - 1]) if number else 0)]
 
+    def part(self, numbers: range) -> SampleIndex:
+        """See `SampleIndex`."""
+        parts, start = [], 0
+        for each in self._parts:
+            inside = range(max(numbers.start - start, 0), min(numbers.stop - start, len(each)))
+            parts += [each.part(inside)] if inside else []
+            start += len(each)
+        return JoinedIndex(parts)
+
 
 class Selection(SampleIndex):
     """Some samples of an index, in its order."""
@@ -97,3 +118,9 @@ class Selection(SampleIndex):
     def __getitem__(self, i: int) -> RawSample:
         """See `SampleIndex`."""
         return self._index[int(self._numbers[i])]
+
+    def part(self, numbers: range) -> SampleIndex:
+        """See `SampleIndex`."""
+        chosen = self._numbers[numbers.start : numbers.stop]
+        first = int(chosen[0])
+        return Selection(self._index.part(range(first, int(chosen[-1]) + 1)), chosen - first)

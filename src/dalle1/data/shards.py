@@ -12,6 +12,7 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -144,6 +145,18 @@ class ShardIndex(SampleIndex):
         """See `SampleIndex`; the key is unique within its shard."""
         number = int(np.searchsorted(self._ends, i, side="right"))
         return RawSample(key=self._keys[i], container=self.shards[number], read_part=partial(self._fetch, number, i))
+
+    def part(self, numbers: range) -> SampleIndex:
+        """See `SampleIndex`."""
+        first, last = np.searchsorted(self._ends, [numbers.start, numbers.stop - 1], side="right").tolist()
+        part = copy(self)
+        part.shards, part._states = self.shards[first : last + 1], self._states[first : last + 1]
+        part._ends = np.minimum(self._ends[first : last + 1], numbers.stop) - numbers.start
+        part.block_sizes = np.diff(part._ends, prepend=0)
+        part._keys = self._keys.part(numbers)
+        part._byte_ranges = self._byte_ranges[numbers.start : numbers.stop]
+        part.damages = []
+        return part
 
     def _fetch(self, shard_number: int, i: int, part: int, n_bytes: int) -> bytes | None:
         offset, size = self._byte_ranges[i, part].tolist()

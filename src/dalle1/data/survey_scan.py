@@ -6,6 +6,7 @@ import heapq
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from itertools import islice
 
 import numpy as np
@@ -80,20 +81,26 @@ def _numbered(samples: Iterable[RawSample], first: int, n_decoded: int | None) -
 
 
 class _IndexSurveyor:
-    """Looks at samples of an index by their numbers; can be pickled."""
+    """Looks at samples of an index by their numbers."""
 
     def __init__(self, index: SampleIndex, options: SurveyOptions) -> None:
         self._index = index
+        self._first = 0  # number of the first sample of `index`
+        self._n_samples = len(index)
         self._n_decoded = len(index) if options.decode is None else min(options.decode, len(index))
         self._surveyor = Surveyor(options)
 
+    def part(self, numbers: range) -> _IndexSurveyor:
+        part = copy(self)
+        part._index, part._first = self._index.part(numbers), numbers.start
+        return part
+
     def __call__(self, numbers: Iterable[int]) -> Survey:
-        return self._surveyor((number, self._index[number], self._decodes(number)) for number in numbers)
+        return self._surveyor((number, self._index[number - self._first], self._decodes(number)) for number in numbers)
 
     def _decodes(self, number: int) -> bool:
         """True for so many numbers, as far from each other as can be."""
-        n_samples = len(self._index)
-        return number * self._n_decoded // n_samples != (number + 1) * self._n_decoded // n_samples
+        return number * self._n_decoded // self._n_samples != (number + 1) * self._n_decoded // self._n_samples
 
 
 def _surveyed(surveyor: _IndexSurveyor, parts: list[range], num_workers: int | None) -> Iterator[Survey]:
