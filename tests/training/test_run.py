@@ -183,6 +183,20 @@ def test_tokenizer_stage_says_how_many_entries_the_captions_gave(
     assert caplog.messages[-1] == expected
 
 
+def test_tokenizer_stage_stops_at_too_many_bad_captions(train: Train, tmp_path: Path, shapes: Path) -> None:
+    bad = tmp_path / "bad.tar"
+    with tarfile.open(bad, "w") as tar:
+        for i in range(200):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"png"))
+    options = (f"data.train=[{bad},{shapes}/train-*.tar]", "data.on_bad_sample=skip")
+    with pytest.raises(ValueError, match=r"at most 0\.1 of the samples that are read may be bad .*no caption"):
+        train(tmp_path, "tokenizer", *options)
+    assert not (tmp_path / "tokenizer" / "tokenizer.json").exists()
+    assert train(tmp_path, "tokenizer", *options, "data.max_bad_fraction=1")["captions"] == 40
+
+
 def test_transformer_trains_in_bf16(train: Train, trained: Path, tmp_path: Path) -> None:
     for stage in ("tokenizer", "dvae"):
         shutil.copytree(trained / stage, tmp_path / stage)

@@ -164,8 +164,22 @@ def test_bad_pictures_are_left_out_and_counted(train: Train, results: Path, shap
         train(results, "tokens", places)
     summary = train(results, "tokens", places, "data.on_bad_sample=skip")
     assert (summary["pictures"]["train"], summary["bad_samples"]) == (40, 2)
+    assert summary["damaged_shards"] == 0
     used = train(results, "transformer", f"data.tokens={results}/tokens")
     assert used["bad_samples"] == 0
+
+
+def test_damaged_shards_are_counted_and_what_is_whole_of_them_is_encoded(
+    train: Train, results: Path, shapes: Path
+) -> None:
+    cut = results / "cut.tar"
+    whole = (shapes / "train-00000.tar").read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
+    summary = train(
+        results, "tokens", f"data.train=[{shapes}/train-*.tar,{cut},{results}/gone.tar]", "data.on_bad_sample=skip"
+    )
+    assert summary["damaged_shards"] == 2
+    assert 40 < summary["pictures"]["train"] < 80
 
 
 @pytest.mark.parametrize(
