@@ -120,8 +120,20 @@ def test_fraction_takes_other_samples_each_epoch_and_no_draw_twice() -> None:
     assert frozenset.union(*epochs) == set(range(10))
 
 
-def test_equal_small_blocks_get_their_share_together() -> None:
-    assert SampleOrder([1] * 10, seed=0, block_weights=[0.3] * 10).n_samples == 3
+@pytest.mark.parametrize("sizes", [[1] * 10, [3, 0, 1, 5, 2, 9, 1, 3], [2]])
+@pytest.mark.parametrize("weight", [0.3, 0.5, 1.25, 4.5])
+def test_small_blocks_get_their_share_together_and_each_sample_as_often_as_another(
+    sizes: list[int], weight: float
+) -> None:
+    # As shards of a stream are, and shards of which filters leave little.
+    order = SampleOrder(sizes, seed=0, window=5, block_weights=[weight] * len(sizes))
+    assert order.n_samples == int(sum(sizes) * weight + 0.5)
+    epochs = 400
+    counts = Counter(ids_of(order, 0, epochs * order.n_samples))
+    expected = epochs * order.n_samples / sum(sizes)
+    assert set(counts) == set(range(sum(sizes)))
+    # Five deviations of a binomial distribution.
+    assert all(abs(count - expected) < 5 * (epochs / 4) ** 0.5 for count in counts.values())
 
 
 def test_settings_say_what_a_position_depends_on() -> None:

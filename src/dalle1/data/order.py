@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 # Words behind (seed, epoch, number) that tell apart what is drawn; a seed sequence is padded with zeros, so that the
 # permutation of a window has none.
-_OF_PIECES, _OF_PARTS = 1, 2
+_OF_PIECES, _OF_PARTS, _OF_SHARES = 1, 2, 3
 _WINDOWS_KEPT = 2  # the present one and the next: thousands of batches ask for the same
 
 
@@ -28,7 +29,8 @@ class SampleOrder:
     the blocks are shuffled, and then the samples in each window of that row; a data set that fits into one window is
     shuffled as a whole. Large windows mix better, small ones read from few shards at a time.
 
-    A block of weight w comes w times in an epoch; a fraction of w brings that share of its samples, others each epoch.
+    A block of weight w comes w times in an epoch; a fraction of w brings that share of the samples of all blocks that
+    have this weight, others each epoch.
     """
 
     def __init__(
@@ -54,16 +56,23 @@ class SampleOrder:
         weights = np.ones(len(sizes)) if block_weights is None else np.asarray(block_weights, dtype=np.float64)
         self._seed = seed
         self._window = window
-        # A piece is one coming of one block, in one row for all: its block, its how-manieth coming, its samples.
-        self._piece_block, self._piece_copy, self._piece_size = _pieces(sizes, weights)
         self._block_sizes = sizes
         self._block_starts = np.cumsum(sizes) - sizes
         self._copies = np.ceil(weights).astype(np.int64)
-        self.n_samples = int(self._piece_size.sum())  # of one epoch, repeated ones included
+        # A piece is one coming of one block, in one row for all: its block, and its how-manieth coming.
+        self._piece_block = np.repeat(np.arange(len(sizes)), self._copies)
+        self._piece_copy = np.arange(len(self._piece_block)) - np.repeat(
+            np.cumsum(self._copies) - self._copies, self._copies
+        )
+        whole = np.floor(weights).astype(np.int64)
+        self._shares = _shares(sizes, weights)
+        # Of one epoch, repeated ones included.
+        self.n_samples = int((sizes * whole).sum()) + sum(share.n_wanted for share in self._shares)
         if self.n_samples == 0:
             raise ValueError(f"an epoch must have at least one sample, got {sizes.sum()} with weights {set(weights)}")
         self._windows: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-        self._shuffled: tuple[int, np.ndarray, np.ndarray] | None = None  # an epoch, its pieces, where they end
+        # An epoch, its pieces, how many samples of each come, and up to the end of each.
+        self._shuffled: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     @property
     def settings(self) -> dict[str, int]:
@@ -104,56 +113,70 @@ class SampleOrder:
         return self._windows[epoch, number]
 
     def _make_window(self, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        pieces, ends = self._shuffle_pieces(epoch)
+        pieces, sizes, ends = self._shuffle_pieces(epoch)
         start = number * self._window
         stop = min(start + self._window, self.n_samples)
         ids, draws = [], []
         for place in range(int(np.searchsorted(ends, start, side="right")), len(pieces)):
-            piece = int(pieces[place])
-            first = int(ends[place]) - int(self._piece_size[piece])
+            block, size = int(self._piece_block[pieces[place]]), int(sizes[place])
+            first = int(ends[place]) - size
             if first >= stop:
                 break
-            part = self._piece_ids(epoch, piece)[max(start - first, 0) : stop - first]
+            part = self._some_of_block(epoch, block, size)[max(start - first, 0) : stop - first]
             ids.append(part)
-            block = self._piece_block[piece]
-            draws.append(np.full(len(part), epoch * self._copies[block] + self._piece_copy[piece]))
+            draws.append(np.full(len(part), epoch * self._copies[block] + self._piece_copy[pieces[place]]))
         shuffled = np.random.default_rng([self._seed, epoch, number]).permutation(stop - start)
         return np.concatenate(ids)[shuffled], np.concatenate(draws)[shuffled]
 
-    def _shuffle_pieces(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pieces in their order in this epoch, and how many samples there are up to the end of each."""
+    def _shuffle_pieces(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pieces in their order in this epoch, how many samples of each come, and up to the end of each."""
         if self._shuffled is None or self._shuffled[0] != epoch:
-            pieces = np.arange(len(self._piece_size))
+            sizes = self._block_sizes[self._piece_block]
+            last_pieces = np.cumsum(self._copies) - 1  # of each block; a fraction is the last
+            for number, share in enumerate(self._shares):
+                rng = np.random.default_rng([self._seed, epoch, number, _OF_SHARES])
+                sizes[last_pieces[share.blocks]] = share.draw(rng)
+            pieces = np.arange(len(sizes))
             if self.n_samples > self._window:  # else the one window shuffles everything
                 pieces = np.random.default_rng([self._seed, epoch, 0, _OF_PIECES]).permutation(pieces)
-            self._shuffled = epoch, pieces, np.cumsum(self._piece_size[pieces])
+            self._shuffled = epoch, pieces, sizes[pieces], np.cumsum(sizes[pieces])
         return self._shuffled[1:]
 
-    def _piece_ids(self, epoch: int, piece: int) -> np.ndarray:
-        block, size = int(self._piece_block[piece]), int(self._piece_size[piece])
+    def _some_of_block(self, epoch: int, block: int, size: int) -> np.ndarray:
         first, whole = int(self._block_starts[block]), int(self._block_sizes[block])
         if size == whole:
             return np.arange(first, first + size)
         return first + np.random.default_rng([self._seed, epoch, block, _OF_PARTS]).permutation(whole)[:size]
 
 
-def _pieces(sizes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Block, copy and number of samples of each piece, int64 (pieces,)."""
-    blocks: list[int] = []
-    copies: list[int] = []
-    kept: list[int] = []
-    left_over: dict[float, float] = {}  # of blocks of the same weight: what is lost by rounding goes to the next
-    for block, (size, weight) in enumerate(zip(sizes.tolist(), weights.tolist(), strict=True)):
-        whole = math.floor(weight)
-        wanted = size * (weight - whole) + left_over.get(weight, 0.0)
-        # A little more than the half that rounding takes: sums of fractions are not exact.
-        part = min(size, math.floor(wanted + 0.5 + 1e-9))
-        left_over[weight] = wanted - part
-        counts = [size] * whole + [part] * (weight > whole)
-        blocks += [block] * len(counts)
-        copies += range(len(counts))
-        kept += counts
-    return np.array(blocks, dtype=np.int64), np.array(copies, dtype=np.int64), np.array(kept, dtype=np.int64)
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """Blocks of which a share of the samples comes in each epoch, in all as many as can be."""
+
+    blocks: np.ndarray  # int64 (blocks,), their numbers
+    ends: np.ndarray  # int64 (blocks,), how many samples they have up to the end of each
+    n_wanted: int
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """How many samples of each block come, int64 (blocks,): each sample is as likely as all others.
+
+        Systematic sampling: every (total / n_wanted)-th sample of the row, from a start that is drawn.
+        """
+        total = int(self.ends[-1])
+        return np.diff((self.ends * self.n_wanted + rng.integers(total)) // total, prepend=0)
+
+
+def _shares(sizes: np.ndarray, weights: np.ndarray) -> list[_Share]:
+    """Blocks by their weight, for all weights that are no whole numbers."""
+    shares = []
+    for weight in np.unique(weights[weights != np.floor(weights)]).tolist():
+        blocks = np.flatnonzero(weights == weight)
+        ends = np.cumsum(sizes[blocks])
+        # A little more than the half that rounding takes: fractions are not exact.
+        n_wanted = math.floor(int(ends[-1]) * (weight - math.floor(weight)) + 0.5 + 1e-9)
+        if ends[-1]:
+            shares.append(_Share(blocks=blocks, ends=ends, n_wanted=n_wanted))
+    return shares
 
 
 def batches_per_epoch(n_samples: int, *, batch_size: int, world_size: int) -> int:
