@@ -12,9 +12,9 @@ from typing import Any
 
 
 class _Quiet(SimpleHTTPRequestHandler):
-    """Files of a folder; the first so many answers to each name in `breaks` end in their middle."""
+    """Files of a folder; the first answers to each name in `breaks` end after these shares of the file."""
 
-    breaks: dict[str, int]
+    breaks: dict[str, list[float]]
     asked: list[str]
 
     def log_message(self, *_: Any) -> None:
@@ -23,20 +23,20 @@ class _Quiet(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer, or break off."""
         self.asked.append(self.path)
-        if self.breaks.get(self.path, 0) > 0:
-            self.breaks[self.path] -= 1
+        if shares := self.breaks.get(self.path):
+            share = shares.pop(0)
             content = Path(self.directory, self.path.lstrip("/")).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2])
+            self.wfile.write(content[: int(share * len(content))])
             self.close_connection = True
             return
         super().do_GET()
 
 
 @contextmanager
-def serve(folder: Path, *, breaks: dict[str, int] | None = None) -> Iterator[tuple[str, list[str]]]:
+def serve(folder: Path, *, breaks: dict[str, list[float]] | None = None) -> Iterator[tuple[str, list[str]]]:
     """The address of a server of the files in `folder`, and the list of what it is asked for."""
     asked: list[str] = []
     handler = type("Handler", (_Quiet,), {"breaks": dict(breaks or {}), "asked": asked})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -121,6 +122,47 @@ def test_verdicts_are_found_out_once(shard: str, monkeypatch: pytest.MonkeyPatch
         path.write_bytes(b"damaged")
     kept(open_index([shard]), min_side=9)
     assert len(looked) == 5 * 6
+
+
+def test_verdicts_on_what_could_not_be_read_are_not_remembered(shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    index = open_index([shard])
+    with monkeypatch.context() as broken:
+        broken.setattr("dalle1.data.shards.os.pread", fail)
+        for filters in ({"min_caption_words": 2}, {"min_side": 9}, {"near_duplicates": 0}, {"json": {"x": 1}}):
+            assert set("01235") <= set(kept(index, **filters))
+    assert kept(open_index([shard]), min_side=9) == ["3"]
+    assert kept(open_index([shard]), near_duplicates=0) == ["0", "1", "2", "3", "5"]
+
+
+def test_damaged_shards_are_remembered_by_what_is_whole_of_them(shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.truncate(shard, os.path.getsize(shard) // 2)
+    os.utime(shard, ns=(0, 10**9))
+    whole = kept(open_index([shard], skip_damage=True), min_caption_words=1)
+    monkeypatch.setattr(filter_scan, "_judge", lambda *_, **__: pytest.fail("looked again"))
+    assert kept(open_index([shard], skip_damage=True), min_caption_words=1) == whole
+
+
+def test_devices_share_the_cores_where_each_has_to_look(
+    shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def note(work: Any, parts: list[range], n_processes: int) -> Any:
+        started.append(n_processes)
+        return map(work, parts)
+
+    monkeypatch.setattr(filter_scan, "map_parts", note)
+    monkeypatch.setattr(filter_scan, "n_usable_cores", lambda: 8)
+    monkeypatch.setattr(filter_scan, "_SAMPLES_WORTH_A_PROCESS", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    kept(open_index([shard]), min_side=9)  # one device looks, the others wait for what it finds
+    table = tmp_path / "table.jsonl"
+    table.write_text('{"path": "x.png", "caption": "a b"}\n' * 9)
+    kept(open_index([str(table)]), min_caption_words=2)
+    assert started == [6, 2]
 
 
 def test_cache_that_cannot_be_written_costs_nothing_but_time(shard: str, cache: Path) -> None:

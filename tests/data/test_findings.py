@@ -36,6 +36,18 @@ def test_state_is_of_plain_types_and_adds_up() -> None:
     assert join_findings([found, other]) == {"broken": 2}
 
 
+def test_what_cannot_be_told_apart_counts_once_after_several_devices_have_loaded_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(findings, "MOST_NAMED", 2)
+    saved = Findings()
+    saved.add(dict.fromkeys("abcde", "broken"))
+    devices = [Findings() for _ in range(3)]
+    for rank, device in enumerate(devices):
+        device.load_state_dict(saved.state_dict(), with_unnamed=rank == 0)
+    assert join_findings(devices) == {"broken": 5}
+
+
 def test_too_large_a_share_of_bad_samples_stops() -> None:
     found = Findings(max_bad_fraction=0.1)
     found.add({"first": "broken"}, n_wanted=1)  # too few to judge

@@ -17,6 +17,7 @@ from dalle1.data.raw_sample import BadSampleError
 from dalle1.data.remote import expand_addresses, read_shard
 from dalle1.data.shard_scan import Damage
 from dalle1.data.shards import ShardIndex
+from dalle1.data.sources import without_secrets
 
 Members = list[tuple[str, bytes]]
 WriteShard = Callable[[str, Members], str]
@@ -123,7 +124,7 @@ def test_connection_that_breaks_off_goes_on_where_it_was(
     write_shard: WriteShard, make_samples: MakeSamples, pauses: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = Path(write_shard("a.tar", make_samples(40))).parent
-    with serve(folder, breaks={"/a.tar": 1}) as (address, _):
+    with serve(folder, breaks={"/a.tar": [0.5]}) as (address, _):
         found, damages = keys(f"{address}/a.tar")
     assert found == [f"{i:06d}" for i in range(40)]
     assert damages == []
@@ -135,11 +136,58 @@ def test_server_that_stays_away_is_told_after_some_tries(
     write_shard: WriteShard, make_samples: MakeSamples, pauses: list[float]
 ) -> None:
     folder = Path(write_shard("a.tar", make_samples(40))).parent
-    with serve(folder, breaks={"/a.tar": 9}) as (address, _):
+    with serve(folder, breaks={"/a.tar": [0.5] * 9}) as (address, _):
         found, (damage,) = keys(f"{address}/a.tar")
     assert found == [f"{i:06d}" for i in range(len(found))]
     assert damage.kind == "shard cannot be read"
-    assert pauses == [1.0, 2.0]
+    assert pauses[-2:] == [1.0, 2.0]  # more came before if an answer happened to bring new samples
+
+
+def test_server_that_never_sends_long_is_asked_as_often_as_it_helps(
+    write_shard: WriteShard, pauses: list[float]
+) -> None:
+    # As one does that gives up on a reader that is slow; what is wrong with the shard is told once all the same.
+    # Each fifth of it is more than what may get lost in buffers.
+    members = [("../x.png", b"out"), *((f"{i:06d}.png", bytes(100_000)) for i in range(40))]
+    folder = Path(write_shard("a.tar", members)).parent
+    with serve(folder, breaks={"/a.tar": [0.2, 0.4, 0.6, 0.8]}) as (address, _):
+        found, (damage,) = keys(f"{address}/a.tar")
+    assert found == [f"{i:06d}" for i in range(40)]
+    assert "x.png" in damage.message
+    assert pauses == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://user:secret@host/a.tar?X-Amz-Signature=secret", "https://host/a.tar"),
+        ("s3://key:secret@bucket/a?.tar", "s3://bucket/a?.tar"),
+        ("hf://datasets/a@main/b.tar", "hf://datasets/a@main/b.tar"),
+        ("a@b/c?.tar", "a@b/c?.tar"),
+    ],
+)
+def test_secrets_of_addresses_are_not_shown(address: str, shown: str) -> None:
+    assert without_secrets(address) == shown
+
+
+def test_secrets_of_addresses_are_in_no_sample_and_no_damage(
+    write_shard: WriteShard, make_samples: MakeSamples, pauses: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(write_shard("a.tar", make_samples(4))).parent
+    damages: list[Damage] = []
+    with serve(folder, breaks={"/b.tar": [0.5] * 9}) as (address, _):
+        samples = list(read_shard(f"{address}/a.tar?secret=1", damages.append))
+        assert {sample.container for sample in samples} == {f"{address}/a.tar"}
+        list(read_shard(f"{address}/gone.tar?secret=1", damages.append))
+    list(read_shard(f"{address}/off.tar?secret=1", damages.append))
+    assert len(damages) == 2
+    assert "secret" not in caplog.text + "".join(damage.message for damage in damages)
+
+
+def test_address_that_is_named_twice_is_refused() -> None:
+    for paths in (["http://h/{0,1}.tar", "http://h/1.tar"], ["pipe:cat a", "pipe:cat a"]):
+        with pytest.raises(ValueError, match=r"each shard must be named once, got '.*' 2 times"):
+            expand_addresses(paths, allow_pipe=True)
 
 
 def test_missing_shard_is_told_at_once(tmp_path: Path, pauses: list[float]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,11 +183,28 @@ def test_index_survives_pickling_after_use(write_shard: WriteShard, make_samples
 def test_number_of_open_shards_is_bounded(
     write_shard: WriteShard, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Of all indexes together: a mixture has one for each source.
     monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "_open_files", {})
     n_open_before = len(os.listdir("/dev/fd"))
-    index = ShardIndex([write_shard(f"{i}.tar", make_samples(1, start=i)) for i in range(4)])
+    paths = [write_shard(f"{i}.tar", make_samples(1, start=i)) for i in range(4)]
+    indexes = [ShardIndex(paths), ShardIndex(paths[2:])]
     for i in (0, 1, 2, 3, 0, 3):
-        assert index[i].text() == f"number {i}"
+        assert indexes[0][i].text() == f"number {i}"
+        assert indexes[1][i // 2].text() == f"number {2 + i // 2}"
     assert len(os.listdir("/dev/fd")) == n_open_before + 2
-    del index
-    assert len(os.listdir("/dev/fd")) == n_open_before
+    for descriptor in shards._open_files.values():
+        os.close(descriptor)
+
+
+def test_no_more_files_to_open_is_no_bad_sample(
+    write_shard: WriteShard, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = ShardIndex(write_shard("a.tar", make_samples(1)))
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(shards.os, "open", refuse)
+    with pytest.raises(OSError, match=r"too many files are open; allow more, `ulimit -n 4096`"):
+        index[0].text()

@@ -212,8 +212,14 @@ def test_visits_done_are_a_number_and_a_few_others() -> None:
     assert done.state_dict() == {"all_below": 1, "others": [2, 5]}
     done.add([1, 2])
     assert done.state_dict() == {"all_below": 3, "others": [5]}
+    done.add_below(5)
+    assert done.state_dict() == {"all_below": 6, "others": []}
+    done.add_below(2)
+    done.add([8])
+    done.add_below(7)
+    assert done.state_dict() == {"all_below": 7, "others": [8]}
     left = done.left()
-    assert [next(left) for _ in range(4)] == [3, 4, 6, 7]
+    assert [next(left) for _ in range(3)] == [7, 9, 10]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +279,13 @@ def test_shards_without_any_sample_end_the_stream(tmp_path: Path) -> None:
         ValueError, match=r"got none from 10 in a row, the last '.*\.tar' \(shard cannot be read \(3\)\)"
     ):
         take(loader(settings(gone, on_bad_sample="skip")), 1)
+
+
+def test_key_that_is_no_utf8_is_drawn_for_like_others(write_shard: WriteShard, make_samples: MakeSamples) -> None:
+    picture = make_samples(1)[0][1]
+    odd = write_shard("odd.tar", [(f"caf\udce9{i}.png", picture) for i in range(4)])
+    of = settings((odd,), preparation=Preparation(image_size=4, augmentation="dvae"))
+    assert set(take(loader(of), 8)) == {f"caf\udce9{i}" for i in range(4)}
 
 
 def test_bad_samples_alone_end_the_stream(write_shard: WriteShard) -> None:

@@ -13,7 +13,7 @@ from dalle1.data.fields import require_bool, require_int
 from dalle1.data.filters import FilterConfig
 from dalle1.data.preparation import SmallPictures
 from dalle1.data.shapes_shards import ShapesRecipe
-from dalle1.data.sources import Source, SourceSetting, Split, parse_sources
+from dalle1.data.sources import Source, SourceSetting, Split, parse_sources, without_secrets
 from dalle1.data.transforms import parse_color
 
 Backend = Literal["auto", "indexed", "stream"]
@@ -103,7 +103,7 @@ class DataConfig:
         if self.tokens is not None:
             return [["tokens", 1.0]]
         sources = self.sources("train")
-        return [[Path(path).name, source.weight] for source in sources for path in source.paths]
+        return [[Path(without_secrets(path)).name, source.weight] for source in sources for path in source.paths]
 
     def is_stream(self, split: Split) -> bool:
         """Whether a split is read from beginning to end.

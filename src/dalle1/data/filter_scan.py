@@ -21,10 +21,10 @@ from dalle1.data.captions import CaptionSource
 from dalle1.data.facts import read_facts
 from dalle1.data.filters import RULES_VERSION, FilterConfig, reason_to_drop
 from dalle1.data.near_duplicates import hash_file, near_duplicates
-from dalle1.data.processes import map_parts
-from dalle1.data.raw_sample import BadSampleError
+from dalle1.data.processes import map_parts, n_usable_cores
+from dalle1.data.raw_sample import CANNOT_BE_READ
 from dalle1.data.sample_index import SampleIndex, Selection
-from dalle1.data.shard_cache import cache_directory, is_settled, shard_state
+from dalle1.data.shard_cache import cache_directory, is_settled
 from dalle1.data.shards import ShardIndex
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ def filter_index(index: SampleIndex, config: FilterConfig, caption: CaptionSourc
     with _alone(path):
         verdicts = None if path is None else _recall(path, len(index))
         if verdicts is None:
-            verdicts = _judge(index, config, caption)
-            if path is not None:
+            verdicts, is_sure = _judge(index, config, caption, n_at_once=1 if path else _n_devices_here())
+            if path is not None and is_sure:
                 _remember(path, verdicts)
     names, codes = verdicts
     counts = np.bincount(codes, minlength=len(names) + 1)
@@ -92,38 +92,51 @@ def _alone(path: Path | None) -> Iterator[None]:
 _Verdicts = tuple[list[str], np.ndarray]  # reasons; of each sample 0 if it is kept, or 1 + the number of its reason
 
 
-def _judge(index: SampleIndex, config: FilterConfig, caption: CaptionSource) -> _Verdicts:
+def _n_devices_here() -> int:
+    """How many processes like this one may be at the same work on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+
+
+def _judge(
+    index: SampleIndex, config: FilterConfig, caption: CaptionSource, *, n_at_once: int
+) -> tuple[_Verdicts, bool]:
+    """The verdicts, and whether they will be the same next time: all that is there could be read."""
+    is_sure = True
     codes = np.zeros(len(index), dtype=np.uint8)
     names: list[str] = []
     hashes = np.zeros(len(index), dtype=np.uint64)
     has_hash = np.zeros(len(index), dtype=bool)
     parts = [range(start, min(start + _PART, len(index))) for start in range(0, len(index), _PART)]
     with tqdm(total=len(index), desc="filtering", unit=" samples", unit_scale=True, delay=1.0, disable=None) as bar:
-        for numbers, (reasons, found) in zip(parts, _judged(index, config, caption, parts), strict=True):
+        for numbers, (reasons, found, could_read) in zip(
+            parts, _judged(index, config, caption, parts, n_at_once), strict=True
+        ):
             for number, reason in reasons.items():
                 if reason not in names:
                     names.append(reason)
                 codes[number] = 1 + names.index(reason)
             hashes[list(found)] = list(found.values())
             has_hash[list(found)] = True
+            is_sure &= could_read
             bar.update(len(numbers))
     if config.needs_pixels and config.near_duplicates is not None:
         numbers_with_hash = np.flatnonzero(has_hash)
         later = near_duplicates(hashes[numbers_with_hash], config.near_duplicates)
         names.append(_NEAR_DUPLICATE)
         codes[numbers_with_hash[later]] = len(names)
-    return names, codes
+    return (names, codes), is_sure
 
 
-_Part = tuple[dict[int, str], dict[int, int]]  # by numbers: reasons to drop, and hashes of those that stay
+# By numbers: reasons to drop, and hashes of those that stay; and whether all could be read.
+_Part = tuple[dict[int, str], dict[int, int], bool]
 
 
-def _judged(index: SampleIndex, config: FilterConfig, caption: CaptionSource, parts: list[range]) -> Iterator[_Part]:
+def _judged(
+    index: SampleIndex, config: FilterConfig, caption: CaptionSource, parts: list[range], n_at_once: int
+) -> Iterator[_Part]:
     """What there is to say of each part, in order."""
     worth = _PICTURES_WORTH_A_PROCESS if config.needs_pixels else _SAMPLES_WORTH_A_PROCESS
-    # Processes that torchrun has started here may do the same at the same time.
-    n_cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    n_processes = min(n_cores, len(index) // worth)
+    n_processes = min(n_usable_cores() // n_at_once, len(index) // worth)
     yield from map_parts(_Judge(index, config, caption), parts, n_processes)
 
 
@@ -141,27 +154,28 @@ class _Judge:
 
     def __call__(self, numbers: Iterable[int]) -> _Part:
         reason_of = reason_to_drop(self._config)
-        reasons, hashes = {}, {}
+        reasons, hashes, could_read = {}, {}, True
         for number in numbers:
             raw = self._index[number - self._first]
-            reason = reason_of(read_facts(raw, self._caption, self._config))
-            if reason is not None:
-                reasons[number] = reason
-            elif self._config.needs_pixels:
-                try:
+            try:
+                reason = reason_of(read_facts(raw, self._caption, self._config))
+                if reason is not None:
+                    reasons[number] = reason
+                elif self._config.needs_pixels:
                     hashes[number] = hash_file(raw.image())
-                except (BadSampleError, ValueError):  # bad samples are no matter of filters
-                    continue
-        return reasons, hashes
+            except ValueError as error:  # bad samples are no matter of filters
+                could_read &= getattr(error, "kind", None) != CANNOT_BE_READ
+        return reasons, hashes, could_read
 
 
 def _cache_path(index: SampleIndex, config: FilterConfig, caption: CaptionSource) -> Path | None:
     """Where the verdicts on these samples are remembered; None for what may change unseen: folders and tables."""
     if not isinstance(index, ShardIndex):
         return None
-    states = [(os.path.realpath(shard), shard_state(shard)) for shard in index.shards]
-    if not all(state is None or is_settled(state) for _, state in states):
+    if not all(map(is_settled, index.states)):
         return None
+    # As they were when their headers were read: what is remembered is of these.
+    states = list(zip(map(os.path.realpath, index.shards), index.states, strict=True))
     content = json.dumps([RULES_VERSION, states, len(index), config.to_dict(), caption.setting])
     return cache_directory() / "filters" / f"{hashlib.sha256(content.encode()).hexdigest()}.npz"
 

@@ -53,10 +53,11 @@ class Findings:
         """What to save, in plain types."""
         return {"named": dict(self.named), "unnamed": dict(self.unnamed)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Add what was saved."""
+    def load_state_dict(self, state: Mapping[str, Any], *, with_unnamed: bool = True) -> None:
+        """Add what was saved; those that cannot be told apart only on one device, or they would count on each."""
         self.named |= state["named"]
-        self.unnamed.update(state["unnamed"])
+        if with_unnamed:
+            self.unnamed.update(state["unnamed"])
 
 
 def join_findings(parts: Iterable[Findings]) -> Counter[str]:

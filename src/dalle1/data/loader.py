@@ -62,6 +62,7 @@ class ResumableLoader:
             ValueError: If an epoch is smaller than one global batch.
         """
         self._sampler = _RestOfPass(order, batch_size=batch_size, rank=rank, world_size=world_size)
+        self._rank = rank
         self.dataset = dataset
         self.wait_seconds = 0.0
         self._options = loader_options(num_workers, pin_memory)
@@ -119,7 +120,7 @@ class ResumableLoader:
         Raises: ValueError if it was saved with another seed, number of samples or window, or by another version.
         """
         self._sampler.load_state_dict(state)
-        self.dataset.findings.load_state_dict(state["findings"])
+        self.dataset.findings.load_state_dict(state["findings"], with_unnamed=self._rank == 0)
 
 
 class _DrawnSamples(Dataset[Sample]):

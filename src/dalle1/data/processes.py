@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -13,6 +15,13 @@ from multiprocessing.synchronize import Event
 from typing import Protocol, TypeVar
 
 T = TypeVar("T", covariant=True)
+
+_AHEAD = 4  # parts for each process that wait for their turn or are done early
+
+
+def n_usable_cores() -> int:
+    """Cores that this process may run on, which a scheduler may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Work(Protocol[T]):
@@ -38,9 +47,14 @@ def map_parts(work: Work[T], parts: Sequence[range], n_processes: int) -> Iterat
     stop = context.Event()
     pool = ProcessPoolExecutor(n_processes, context, initializer=_start, initargs=(stop,))
     try:
-        with _ctrl_c_waits():
-            results = pool.map(_work_on, map(work.part, parts), parts)
-        yield from results
+        waiting: deque[Future[T]] = deque()
+        for part in parts:
+            with _ctrl_c_waits():  # each call may start a process
+                waiting.append(pool.submit(_work_on, work.part(part), part))
+            if len(waiting) >= _AHEAD * n_processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise ValueError(
             "a process that looks at samples has ended, perhaps for want of memory; free some, or use one process"

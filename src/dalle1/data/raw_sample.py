@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from collections.abc import Callable
@@ -28,6 +29,8 @@ PART_NAMES = ("picture", "caption (.txt)", "metadata file (.json)", "file of ima
 # most that are decoded, has 300 MB uncompressed.
 MAX_PART_BYTES = (1 << 29, 1 << 20, 1 << 20, 1 << 24)
 
+
+CANNOT_BE_READ = "cannot be read"  # the kind of bad sample that may be good at another time
 
 _LONGEST_KEY = 200  # characters of it that messages have; findings are kept in checkpoints
 
@@ -58,14 +61,17 @@ class RawSample:
     def part(self, part: int) -> bytes | None:
         """The bytes of a part; None if the sample has none.
 
-        Raises: BadSampleError if it cannot be read or is larger than any good one.
+        Raises: BadSampleError if it cannot be read or is larger than any good one; OSError if this process may open no
+            more files, which is no fault of the sample's.
         """
         try:
             # One byte more than allowed is enough to see that it is too large.
             data = self.read_part(part, MAX_PART_BYTES[part] + 1)
         except (OSError, ValueError) as error:  # a table may name a path that none can be
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise OSError(error.errno, "too many files are open; allow more, `ulimit -n 4096`") from error
             message = f"{self.describe()} cannot be read ({getattr(error, 'strerror', None) or error})"
-            raise BadSampleError(message, "cannot be read") from error
+            raise BadSampleError(message, CANNOT_BE_READ) from error
         if data is not None and len(data) > MAX_PART_BYTES[part]:
             raise BadSampleError(
                 f"the {PART_NAMES[part]} of {self.describe()} must have at most {MAX_PART_BYTES[part]:,} bytes, got "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,14 @@ from webdataset.tariterators import group_by_keys
 
 from dalle1.data.raw_sample import MAX_PART_BYTES, PART_OF_EXTENSION, RawSample
 from dalle1.data.shard_scan import BoundedMember, Damage, leads_out, name_damage, split_name
-from dalle1.data.shards import expand_braces, expand_shards
-from dalle1.data.sources import is_remote
+from dalle1.data.shards import check_distinct, expand_braces, expand_shards
+from dalle1.data.sources import is_remote, without_secrets
 
 logger = logging.getLogger(__name__)
 
 _PIPE = "pipe:"
-# Networks have hiccups: after each but the last failure it waits twice as long as before and goes on where it was.
+# Networks have hiccups: after each failure it waits, twice as long as before, and goes on where it was; so often in a
+# row without a new sample, and the shard is given up.
 _ATTEMPTS = 3
 _FIRST_PAUSE_SECONDS = 1.0
 # A shard is read as slowly as training needs it, so the whole may take hours; no single read may.
@@ -55,6 +57,7 @@ def expand_addresses(paths: Sequence[str], *, allow_pipe: bool = False, missing_
                 shards += _glob(name) if "*" in name else [name]
     if not shards:
         raise ValueError("shards must name at least one tar file, got an empty list")
+    check_distinct(shards)
     return shards
 
 
@@ -63,13 +66,13 @@ def _glob(address: str) -> list[str]:
         file_system, path = fsspec.core.url_to_fs(address)
         found = sorted(file_system.unstrip_protocol(name) for name in file_system.glob(path))
     except ImportError as error:
-        raise _not_installed(address, error) from error
+        raise _not_installed(without_secrets(address), error) from error
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the shards at {address!r} cannot be listed ({_reason(error)}); name them in braces"
+            f"the shards at {without_secrets(address)!r} cannot be listed ({_reason(error)}); name them in braces"
         ) from error
     if not found:
-        raise ValueError(f"no shards match {address!r}; correct the address")
+        raise ValueError(f"no shards match {without_secrets(address)!r}; correct the address")
     return found
 
 
@@ -80,7 +83,8 @@ def _not_installed(address: str, error: ImportError) -> ValueError:
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"\w+://[^\s'\")]+", lambda address: without_secrets(address[0]), text)
 
 
 def read_shard(shard: str, report: Callable[[Damage], None]) -> Iterator[RawSample]:
@@ -91,33 +95,45 @@ def read_shard(shard: str, report: Callable[[Damage], None]) -> Iterator[RawSamp
 
     Raises: ValueError if no installed package can read the address.
     """
-    n_given = 0
-    pause = _FIRST_PAUSE_SECONDS
-    for attempt in range(1, _ATTEMPTS + 1):
+    n_given = n_reported = n_failures = 0
+    name = without_secrets(shard)
+    while True:
+        n_before, n_met = n_given, 0
+
+        def report_new(damage: Damage) -> None:
+            nonlocal n_met, n_reported
+            n_met += 1
+            if n_met > n_reported:
+                n_reported = n_met
+                report(damage)
+
         try:
-            for number, sample in enumerate(_samples(shard, report if attempt == 1 else lambda _: None)):
+            for number, sample in enumerate(_samples(shard, report_new)):
                 if number >= n_given:
                     n_given += 1
                     yield sample
             return
         except ImportError as error:
-            raise _not_installed(shard, error) from error
+            raise _not_installed(name, error) from error
         except tarfile.TarError as error:
-            sentence = f"shard {shard!r} is truncated or no tar file ({_reason(error)}); replace it"
+            sentence = f"shard {name!r} is truncated or no tar file ({_reason(error)}); replace it"
             report(Damage(kind="shard is truncated", message=sentence))
             return
         except Exception as error:  # networks, file systems and decompressors raise all kinds
+            # A server may send no longer than it wants to, as often as training is slow: it counts what comes of it.
+            n_failures = 1 if n_given > n_before else n_failures + 1
             is_gone = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
-            if attempt == _ATTEMPTS or is_gone:
-                sentence = f"shard {shard!r} cannot be read ({_reason(error)}); restore it or leave it out"
+            if n_failures == _ATTEMPTS or is_gone:
+                sentence = f"shard {name!r} cannot be read ({_reason(error)}); restore it or leave it out"
                 report(Damage(kind="shard cannot be read", message=sentence))
                 return
-            logger.warning("shard %r broke off (%s); trying again in %g s", shard, _reason(error), pause)
+            pause = _FIRST_PAUSE_SECONDS * 2 ** (n_failures - 1)
+            logger.warning("shard %r broke off (%s); trying again in %g s", name, _reason(error), pause)
             time.sleep(pause)
-            pause *= 2
 
 
 def _samples(shard: str, report: Callable[[Damage], None]) -> Iterator[RawSample]:
+    name = without_secrets(shard)
     with _open(shard) as stream:
         twice: list[Exception] = []
 
@@ -125,7 +141,7 @@ def _samples(shard: str, report: Callable[[Damage], None]) -> Iterator[RawSample
             twice.append(error)
             return True
 
-        for sample in group_by_keys(_members(stream, shard, report), keys=split_name, handler=pass_over):
+        for sample in group_by_keys(_members(stream, name, report), keys=split_name, handler=pass_over):
             parts: dict[int, bytes] = {}
             for extension, part in PART_OF_EXTENSION.items():
                 if extension in sample and part in parts:
@@ -133,11 +149,11 @@ def _samples(shard: str, report: Callable[[Damage], None]) -> Iterator[RawSample
                 elif extension in sample:
                     parts[part] = sample[extension]
             if twice:
-                sentence = f"sample {sample['__key__']!r} in {shard!r} has two files of a kind; keys must be unique"
+                sentence = f"sample {sample['__key__']!r} in {name!r} has two files of a kind; keys must be unique"
                 report(Damage(kind="key used twice", message=sentence))
                 twice.clear()
             if parts:
-                yield RawSample(key=sample["__key__"], container=shard, read_part=partial(_read, parts))
+                yield RawSample(key=sample["__key__"], container=name, read_part=partial(_read, parts))
 
 
 def _read(parts: dict[int, bytes], part: int, n_bytes: int) -> bytes | None:
@@ -165,6 +181,7 @@ def _members(stream: BinaryIO, shard: str, report: Callable[[Damage], None]) -> 
         fileobj=stream, mode="r|", tarinfo=BoundedMember, encoding="utf-8", errors="surrogateescape"
     ) as tar:
         for member in tar:
+            tar.members.clear()  # type: ignore[attr-defined]  # it remembers all, and a stream has no way back
             _, extension = split_name(member.name)
             if not member.isreg() or member.issparse() or extension is None:
                 continue
@@ -179,6 +196,5 @@ def _members(stream: BinaryIO, shard: str, report: Callable[[Damage], None]) -> 
             if len(data) < min(member.size, limit):
                 raise tarfile.ReadError("unexpected end of data")
             yield {"fname": member.name, "data": data, "__url__": shard}
-            tar.members.clear()  # type: ignore[attr-defined]  # it remembers all, and a stream has no way back
         if not tar.has_end_mark:  # type: ignore[attr-defined]
             raise tarfile.ReadError("the tar end mark is missing")

@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dalle1.data.fields import require_int
+from dalle1.data.processes import n_usable_cores
 from dalle1.data.shapes import SceneMix, draw, make_sample
 from dalle1.data.shard_writer import EncodedPicture, write_shard
 
@@ -126,7 +127,7 @@ def _write_shards(recipe: ShapesRecipe, directory: Path, n_processes: int | None
     shards = _shards(recipe)
     n_samples = sum(len(samples) for _, _, samples in shards)
     if n_processes is None:
-        n_processes = min(os.cpu_count() or 1, max(1, n_samples // _SAMPLES_WORTH_A_PROCESS))
+        n_processes = min(n_usable_cores(), max(1, n_samples // _SAMPLES_WORTH_A_PROCESS))
     write = partial(_write_shard, recipe, directory)
     with tqdm(total=n_samples, desc="drawing shapes", unit="picture", disable=None) as bar:
         if n_processes == 1:

@@ -51,7 +51,7 @@ def _scan_and_remember(shard: str) -> ShardContent:
     state = shard_state(shard)
     content = scan_shard(shard)
     # A damaged shard is going to be replaced.
-    if is_settled(state) and not content.damages:
+    if state is not None and is_settled(state) and not content.damages:
         try:
             with atomic(_cache_path(shard)) as temporary, open(temporary, "wb") as file:
                 keys = np.frombuffer(json.dumps(content.keys).encode(), dtype=np.uint8)
@@ -86,9 +86,9 @@ def shard_state(shard: str) -> tuple[int, int, int] | None:
     return facts.st_size, facts.st_mtime_ns, _FORMAT_VERSION
 
 
-def is_settled(state: tuple[int, int, int] | None) -> bool:
-    """Whether a shard is there and the next change of it will show."""
-    return state is not None and time.time_ns() - state[1] > _SETTLED_NS
+def is_settled(state: Sequence[int]) -> bool:
+    """Whether the next change of a shard in this state will show."""
+    return time.time_ns() - state[1] > _SETTLED_NS
 
 
 def _cache_path(shard: str) -> Path:

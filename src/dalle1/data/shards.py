@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import partial
-from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
@@ -46,10 +45,15 @@ def expand_shards(patterns: str | list[str], *, missing_ok: bool = False) -> lis
 
 
 def check_distinct(paths: Sequence[str]) -> None:
-    """Raise ValueError if two paths lead to the same file."""
-    for path, count in Counter(map(os.path.realpath, paths)).items():
+    """Raise ValueError if two paths lead to the same file, or two addresses are the same."""
+    places = (path if _is_elsewhere(path) else os.path.realpath(path) for path in paths)
+    for path, count in Counter(places).items():
         if count > 1:
             raise ValueError(f"each shard must be named once, got {path!r} {count} times; make the patterns disjoint")
+
+
+def _is_elsewhere(path: str) -> bool:
+    return path.startswith("pipe:") or "://" in path
 
 
 def shard_patterns(patterns: str | list[str]) -> list[str]:
@@ -79,7 +83,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def _expand(pattern: str, missing_ok: bool) -> list[str]:
-    if pattern.startswith("pipe:") or "://" in pattern:
+    if _is_elsewhere(pattern):
         raise ValueError(f"shards must be local tar files, got {pattern!r}; download them and give their path")
     if pattern.endswith("/") or os.path.isdir(pattern):
         raise ValueError(f"shards must be tar files, got directory {pattern!r}; write '{pattern.rstrip('/')}/*.tar'")
@@ -110,17 +114,15 @@ class ShardIndex(SampleIndex):
             ValueError: If there is no sample at all; for a file that is no complete tar, for a key with two pictures,
                 captions or JSON files and for a name that leads out of the shard; all that `expand_shards` raises.
         """
-        # Descriptors by shard number, least recently used first.
-        self._open_files: dict[int, int] = {}
         self.shards = expand_shards(patterns, missing_ok=skip_damage)
         self.damages = []
         keys, byte_ranges = [], []
-        self._states: list[tuple[int, int]] = []
+        self.states: list[tuple[int, int]] = []  # size and time of change of each, when it was scanned
         for content in read_shards(self.shards):
             if content.damages and not skip_damage:
                 raise ValueError(f"{content.damages[0].message}, or set data.on_bad_sample=skip")
             self.damages += content.damages
-            self._states.append(content.state)
+            self.states.append(content.state)
             keys.append(PackedStrings(content.keys))
             byte_ranges.append(content.byte_ranges)
         self._keys = PackedStrings.joined(keys)
@@ -132,15 +134,6 @@ class ShardIndex(SampleIndex):
         self._ends = np.cumsum(self.block_sizes)
         self._byte_ranges = np.concatenate(byte_ranges)  # (samples, parts, offset and size)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the open files, which mean nothing to another process."""
-        return self.__dict__ | {"_open_files": {}}
-
-    def __del__(self) -> None:
-        """Close the shards."""
-        for descriptor in self.__dict__.get("_open_files", {}).values():
-            os.close(descriptor)
-
     def __getitem__(self, i: int) -> RawSample:
         """See `SampleIndex`; the key is unique within its shard."""
         number = int(np.searchsorted(self._ends, i, side="right"))
@@ -150,7 +143,7 @@ class ShardIndex(SampleIndex):
         """See `SampleIndex`."""
         first, last = np.searchsorted(self._ends, [numbers.start, numbers.stop - 1], side="right").tolist()
         part = copy(self)
-        part.shards, part._states = self.shards[first : last + 1], self._states[first : last + 1]
+        part.shards, part.states = self.shards[first : last + 1], self.states[first : last + 1]
         part._ends = np.minimum(self._ends[first : last + 1], numbers.stop) - numbers.start
         part.block_sizes = np.diff(part._ends, prepend=0)
         part._keys = self._keys.part(numbers)
@@ -164,21 +157,26 @@ class ShardIndex(SampleIndex):
             return None
         size = min(size, n_bytes)
         # A positional read shares no file offset, so descriptors inherited by a fork stay correct.
-        data = os.pread(self._descriptor(shard_number), size, offset)
+        data = os.pread(_descriptor(self.shards[shard_number], self.states[shard_number]), size, offset)
         if len(data) < size:
             raise OSError("the shard became shorter while in use")
         return data
 
-    def _descriptor(self, shard_number: int) -> int:
-        if shard_number in self._open_files:
-            descriptor = self._open_files.pop(shard_number)
-        else:
-            descriptor = os.open(self.shards[shard_number], os.O_RDONLY)
-            facts = os.fstat(descriptor)
-            if (facts.st_size, facts.st_mtime_ns) != self._states[shard_number]:
-                os.close(descriptor)
-                raise OSError("the shard was changed while in use")  # its byte ranges may be those of other samples
-        self._open_files[shard_number] = descriptor
-        if len(self._open_files) > MAX_OPEN_SHARDS:
-            os.close(self._open_files.pop(next(iter(self._open_files))))
-        return descriptor
+
+# Descriptors of this process by path and state of the shard, least recently used first: one limit for all indexes.
+_open_files: dict[tuple[str, tuple[int, int] | None], int] = {}
+
+
+def _descriptor(shard: str, state: tuple[int, int] | None) -> int:
+    """The shard opened for reading. Raises: OSError if it cannot be, or is not in this `state` any more."""
+    descriptor = _open_files.pop((shard, state), None)
+    if descriptor is None:
+        descriptor = os.open(shard, os.O_RDONLY)
+        facts = os.fstat(descriptor)
+        if (facts.st_size, facts.st_mtime_ns) != state:
+            os.close(descriptor)
+            raise OSError("the shard was changed while in use")  # its byte ranges may be those of other samples
+    _open_files[shard, state] = descriptor
+    if len(_open_files) > MAX_OPEN_SHARDS:
+        os.close(_open_files.pop(next(iter(_open_files))))
+    return descriptor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +36,16 @@ class Source:
 def is_remote(path: str) -> bool:
     """Whether it is an address, such as https://, s3://, gs:// or hf://, or a command after pipe:."""
     return "://" in path or path.startswith("pipe:")
+
+
+def without_secrets(address: str) -> str:
+    """An address for messages and names: without user and password and, of a web server, the query."""
+    if "://" not in address or address.startswith("pipe:"):
+        return address
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    path = re.split(r"[?#]", path)[0] if scheme in ("http", "https") else path
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def parse_sources(setting: SourceSetting, name: str = "data.train") -> list[Source]:

@@ -78,6 +78,12 @@ class VisitsDone:
             self.others.remove(self.all_below)
             self.all_below += 1
 
+    def add_below(self, number: int) -> None:
+        """All below `number` are done too."""
+        self.all_below = max(self.all_below, number)
+        self.others = {visit for visit in self.others if visit >= self.all_below}
+        self.add(())
+
     def left(self) -> Iterator[int]:
         """All that are not done, without an end."""
         return (visit for visit in count(self.all_below) if visit not in self.others)
@@ -115,7 +121,7 @@ class _Samples:
         """What becomes of a sample; None if it is bad. Raises: BadSampleError if that is an error."""
         preparation = self._settings.preparation
         # Not the whole address: a copy of the shards elsewhere gives the same.
-        name = f"{PurePosixPath(raw.container).name}/{raw.key}"
+        name = f"{PurePosixPath(raw.container).name}/{raw.key}".encode("utf-8", "backslashreplace").decode()
         try:
             sample = preparation.sample(raw, name, draw, index=-1, findings=self.findings)
         except BadSampleError as error:
@@ -259,6 +265,7 @@ class StreamLoader:
         """Batches for device `rank` of `world_size`; see `TrainStream` and `ResumableLoader`."""
         self._settings = settings
         self._order = order
+        self._rank = rank
         self._world_size = world_size
         self._stream = TrainStream(settings, order, seed=seed, rank=rank, world_size=world_size)
         self._done = VisitsDone()
@@ -279,7 +286,7 @@ class StreamLoader:
     def __iter__(self) -> Iterator[StreamBatch]:
         """The batches from here on."""
         if self._iterator is None:
-            self._stream.done.add(range(self._done.all_below))
+            self._stream.done.add_below(self._done.all_below)
             self._stream.done.add(self._done.others)
             self._iterator = iter(DataLoader(self._stream, batch_size=None, **self._options))
         while True:
@@ -309,7 +316,7 @@ class StreamLoader:
         # A visit is one device's, so none is done twice; each device knows only of its own.
         done = VisitsDone()
         for part in parts:
-            done.add(range(part["all_below"]))
+            done.add_below(part["all_below"])
             done.add(part["others"])
         self._done = done  # what others have done need not be gathered again and again
         return {"visits": done.state_dict(), **self._order.settings, "findings": self.findings.state_dict()}
@@ -325,9 +332,9 @@ class StreamLoader:
                 "data.backend=indexed, or start a new run"
             )
         self._order.check_settings(state, what="shards")
-        self._done.add(range(state["visits"]["all_below"]))
+        self._done.add_below(state["visits"]["all_below"])
         self._done.add(state["visits"]["others"])
-        self.findings.load_state_dict(state["findings"])
+        self.findings.load_state_dict(state["findings"], with_unnamed=self._rank == 0)
 
 
 class ValidationStream(IterableDataset[StreamBatch]):

@@ -266,7 +266,10 @@ class Surveyor:
     def _judge(self, survey: Survey, mention: Mention, raw: RawSample) -> None:
         """Whether filters drop a sample, and whether chance shows it."""
         options = self._options
-        reason = self._reason(read_facts(raw, options.caption, options.filters))
+        try:
+            reason = self._reason(read_facts(raw, options.caption, options.filters))
+        except BadSampleError:  # bad samples are no matter of filters
+            reason = None
         if reason is None and options.filters.near_duplicates is not None:
             try:
                 bits = hash_file(raw.image())

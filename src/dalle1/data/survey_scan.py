@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
@@ -13,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle1.data.near_duplicates import near_duplicates
-from dalle1.data.processes import map_parts
+from dalle1.data.processes import map_parts, n_usable_cores
 from dalle1.data.raw_sample import RawSample
 from dalle1.data.remote import read_shard
 from dalle1.data.sample_index import SampleIndex
@@ -111,7 +110,7 @@ def _surveyed(surveyor: _IndexSurveyor, parts: list[range], num_workers: int | N
             yield surveyor(parts[n_done])
             n_done += 1
         seconds_left = (time.monotonic() - started) / n_done * (len(parts) - n_done)
-        num_workers = min(os.cpu_count() or 1, int(seconds_left / _SECONDS_WORTH_A_PROCESS))
+        num_workers = min(n_usable_cores(), int(seconds_left / _SECONDS_WORTH_A_PROCESS))
         parts = parts[n_done:]
     yield from map_parts(surveyor, parts, num_workers)
 

@@ -152,11 +152,11 @@ def _manifest(data: PairDataModule, image_tokenizer: ImageTokenizer, config: Tok
 
 
 def _hash_samples(index: SampleIndex) -> str:
-    """Changes if blocks have other samples, as far as their numbers and first keys tell."""
-    starts = (np.cumsum(index.block_sizes) - index.block_sizes).tolist()
-    sizes = index.block_sizes.tolist()
-    content = [[size, index[start].key if size else None] for size, start in zip(sizes, starts, strict=True)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    """Changes if blocks have other samples, as far as their numbers and keys tell."""
+    found = hashlib.sha256(json.dumps(index.block_sizes.tolist()).encode())
+    for sample in index:
+        found.update(sample.key.encode("utf-8", "surrogatepass") + b"\0")
+    return found.hexdigest()
 
 
 def _blocks(data: PairDataModule, directory: Path) -> list[_Block]:
