@@ -152,7 +152,7 @@ def test_too_many_bad_samples_stop_the_run(
     members = [*make_samples(180), *((f"bad-{i}.png", b"broken") for i in range(20))]
     shard = write_shard("some.tar", members)
     config = replace(config, train=shard, on_bad_sample="skip")
-    with pytest.raises(ValueError, match=r"at most 0\.05 of the samples .* got \d+ of \d+: picture cannot be decoded"):
+    with pytest.raises(ValueError, match=r"at most 0\.05 of the samples .* got \d+ of \d+ .*: picture cannot be dec"):
         list(PairDataModule(replace(config, max_bad_fraction=0.05)).train_dataloader())
     assert len(list(PairDataModule(replace(config, max_bad_fraction=0.2)).train_dataloader())) == 100
 

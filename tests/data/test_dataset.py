@@ -138,15 +138,14 @@ def test_a_bad_shard_is_replaced_by_samples_from_everywhere(write_shard: WriteSh
 def test_skip_logs_bad_samples_up_to_a_number_of_each_kind(
     mixed: ShardIndex, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dalle1.data.dataset._MOST_LOGGED", 2)
+    monkeypatch.setattr("dalle1.data.dataset._MOST_LOGGED", 1)
     dataset = pairs(mixed, encode_text=encode_length, on_bad_sample="skip")
     with caplog.at_level(logging.WARNING):
         for _ in range(4):
             dataset[1]
     about = [message for message in caplog.messages if "'1'" in message or "no picture" in message]
-    assert about[0] == about[1]
     assert about[0].startswith("skipped: sample '1' in ")
-    assert about[2:] == ["more of this kind (no picture) are counted, but not named"]
+    assert about[1:] == ["more of this kind (no picture) are counted, but not named"]
 
 
 def test_bad_samples_travel_with_the_batch(mixed: ShardIndex) -> None:

@@ -55,7 +55,7 @@ def test_too_large_a_share_of_bad_samples_stops() -> None:
         found.add({f"{number}": "broken", f"cut {number}": CUT_CAPTION}, n_wanted=99)
     assert found.count()["broken"] == 11
     with pytest.raises(
-        ValueError, match=r"at most 0\.1 of the samples .* got 121 of 1,112: .*broken \(121\).*; mend the data or raise"
+        ValueError, match=r"at most 0\.1 of the samples .* got 121 of 1,112 .*broken \(121\).*; mend the data or raise"
     ):
         found.add({f"more {number}": "broken" for number in range(110)})
 

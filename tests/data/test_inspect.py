@@ -100,6 +100,16 @@ def test_pictures_and_numbers_are_written(shard: str, capsys: pytest.CaptureFixt
     assert printed.endswith(f"files: {out}\n")
 
 
+def test_near_duplicates_at_no_distance_are_a_filter(
+    write_shard: WriteShard, make_samples: MakeSamples, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = make_samples(1)[0][1]
+    shard = write_shard("twice.tar", [("a.png", picture), ("b.png", picture)])
+    report = look([shard], "filters.near_duplicates=0")
+    assert report["settings"]["filters"] == {"near_duplicates": 0}
+    assert "filters keep 1 of 2 samples" in capsys.readouterr().out
+
+
 def test_shards_elsewhere_and_a_local_one(shard: str) -> None:
     with serve(Path(shard).parent) as (address, _):
         report = look([f"{address}/a.tar", shard], f"out={shard}-seen")

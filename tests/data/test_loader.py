@@ -269,9 +269,9 @@ def test_state_is_the_same_on_all_ranks_and_of_plain_types() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 5}, "seed 5, not 0"),
+        ({"seed": 5}, "data.seed 5, not 0"),
         ({"n_samples": 90}, "n_samples 90, not 11"),
-        ({"window": 3, "seed": 1}, "seed 1, not 0; window 3, not 5"),
+        ({"window": 3, "seed": 1}, r"data.seed 1, not 0; data.shuffle_window \(which ends with the data\) 3, not 5"),
     ],
 )
 def test_load_refuses_a_state_of_another_order(changes: dict[str, int], message: str) -> None:

@@ -184,6 +184,16 @@ def test_secrets_of_addresses_are_in_no_sample_and_no_damage(
     assert "secret" not in caplog.text + "".join(damage.message for damage in damages)
 
 
+def test_reason_of_a_web_server_or_a_command_is_more_than_its_name(tmp_path: Path) -> None:
+    with serve(tmp_path) as (address, _):
+        _, (gone,) = keys(f"{address}/gone.tar")
+    _, (closed,) = keys(f"{address}/gone.tar")
+    _, (failed,) = keys("pipe:false")
+    assert "404" in gone.message
+    assert "Connect" in closed.message
+    assert "its command ended with status 1" in failed.message
+
+
 def test_address_that_is_named_twice_is_refused() -> None:
     for paths in (["http://h/{0,1}.tar", "http://h/1.tar"], ["pipe:cat a", "pipe:cat a"]):
         with pytest.raises(ValueError, match=r"each shard must be named once, got '.*' 2 times"):

@@ -205,6 +205,16 @@ def test_two_stars_name_all_depths_and_two_ways_to_one_file_are_refused(
             open_index([f"{root}/deep/er/1.tar", f"{root}/{other}"])
 
 
+def test_damaged_shards_beside_other_sources_are_left_out(folder: Path) -> None:
+    bad = folder.parent / "bad.tar"
+    bad.write_bytes(b"no tar" * 1000)
+    index = open_index([str(bad), str(folder), str(folder.parent / "gone.tar")], skip_damage=True)
+    assert [sample.key for sample in index] == ["b.v1.JPG", "deep/a.png"]
+    assert [damage.kind for damage in index.damages] == ["shard is no tar", "shard cannot be read"]
+    with pytest.raises(ValueError, match=r"shards must hold samples, there are none; the first damage: shard '.*bad"):
+        open_index([str(bad)], skip_damage=True)
+
+
 def test_selection_keeps_order_and_blocks(write_shard: WriteShard, make_samples: MakeSamples) -> None:
     index = open_index([write_shard(f"{i}.tar", make_samples(3, start=3 * i)) for i in range(3)])
     chosen = Selection(index, np.array([0, 2, 7]))

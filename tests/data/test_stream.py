@@ -273,6 +273,29 @@ def test_damage_is_passed_over_counted_and_named(
         take(loader(settings((gone,))), 1)
 
 
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("../evil.png", b"x")], r"leads out of it, '\.\./evil\.png'; .*, or set data\.on_bad_sample=skip$"),
+        ([("a.png", b"x"), ("a.jpg", b"y")], r"two files of a kind; .*, or set data\.on_bad_sample=skip$"),
+    ],
+)
+def test_damage_is_an_error_by_default_and_not_taken_for_a_bad_connection(
+    write_shard: WriteShard, make_samples: MakeSamples, members: Members, message: str
+) -> None:
+    odd = write_shard("odd.tar", [*members, *make_samples(9)])
+    with pytest.raises(BadSampleError, match=message):
+        take(loader(settings((odd,), preparation=Preparation(image_size=1))), 9)
+
+
+def test_damage_that_is_met_in_each_epoch_is_logged_once(
+    write_shard: WriteShard, make_samples: MakeSamples, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = write_shard("odd.tar", [("../evil.png", b"x"), *make_samples(4)])
+    take(loader(settings((odd,), on_bad_sample="skip")), 20)
+    assert sum("evil" in message for message in caplog.messages) == 1
+
+
 def test_shards_without_any_sample_end_the_stream(tmp_path: Path) -> None:
     gone = tuple(str(tmp_path / f"{i}.tar") for i in range(3))
     with pytest.raises(

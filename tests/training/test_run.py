@@ -195,6 +195,17 @@ def test_tokenizer_stage_stops_at_too_many_bad_captions(train: Train, tmp_path: 
         train(tmp_path, "tokenizer", *options)
     assert not (tmp_path / "tokenizer" / "tokenizer.json").exists()
     assert train(tmp_path, "tokenizer", *options, "data.max_bad_fraction=1")["captions"] == 40
+    for other in ("data.train=other-*.tar", "data.caption=lines", "filters.min_caption_words=2"):
+        with pytest.raises(ValueError, match=r"tokenizer\.json' has another (data\.train|data\.caption|filters); del"):
+            train(tmp_path, "tokenizer", *options, other)
+
+
+def test_tokenizer_needs_a_caption(train: Train, tmp_path: Path) -> None:
+    options = ("data.caption=json:nothing", "data.on_bad_sample=skip")
+    with pytest.raises(ValueError, match=r"at most 0\.1 of the samples .* got 40 of 80"):
+        train(tmp_path, "tokenizer", *options)
+    with pytest.raises(ValueError, match=r"data\.train must have at least one good caption, got none"):
+        train(tmp_path, "tokenizer", *options, "data.max_bad_fraction=1")
 
 
 def test_transformer_trains_in_bf16(train: Train, trained: Path, tmp_path: Path) -> None:

@@ -165,6 +165,8 @@ def test_bad_pictures_are_left_out_and_counted(train: Train, results: Path, shap
     summary = train(results, "tokens", places, "data.on_bad_sample=skip")
     assert (summary["pictures"]["train"], summary["bad_samples"]) == (40, 2)
     assert summary["damaged_shards"] == 0
+    with pytest.raises(ValueError, match=r"at most 0\.01 of the samples may be bad .*, got 2 of 50; mend the data"):
+        train(results, "tokens", places, "data.on_bad_sample=skip", "data.max_bad_fraction=0.01")
     used = train(results, "transformer", f"data.tokens={results}/tokens")
     assert used["bad_samples"] == 0
 

@@ -212,12 +212,15 @@ class PairDataModule(pl.LightningDataModule):
     def train_captions(self) -> Iterator[str]:
         """The captions of the training set in the order of its shards, for training a tokenizer.
 
-        Raises: BadSampleError for a missing, empty or undecodable caption if bad samples are errors.
+        Raises: BadSampleError for a missing, empty or undecodable caption if bad samples are errors; ValueError if too
+            many are bad.
         """
         if self.config.is_stream("train"):
             self._findings["train"] = Findings(max_bad_fraction=self.config.max_bad_fraction)
-            return read_captions(self._stream_settings("train"), self._findings["train"])
-        return self._dataset("train").captions()
+            yield from read_captions(self._stream_settings("train"), self._findings["train"])
+        else:
+            yield from self._dataset("train").captions()
+        self._findings["train"].judge()
 
     def count_findings(self) -> Counter[str]:
         """How many samples and shards were passed over, by what is wrong with them, or had their caption cut.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
@@ -15,6 +14,7 @@ from dalle1.data.findings import Findings
 from dalle1.data.preparation import Preparation, Sample
 from dalle1.data.raw_sample import BadSampleError
 from dalle1.data.sample_index import SampleIndex
+from dalle1.data.shard_scan import Damage
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +30,27 @@ class BadSamples:
     def __init__(self, policy: OnBadSample) -> None:
         """Follow `policy`."""
         self._policy = policy
-        self._n_logged: Counter[str] = Counter()
+        self._logged: dict[str, set[str]] = {}  # by kind
 
     def pass_over(self, error: BadSampleError) -> None:
-        """Log a bad sample or damage. Raises: BadSampleError with the way out, if those are errors."""
+        """Log a bad sample. Raises: BadSampleError with the way out, if those are errors."""
         if self._policy == "error":
             raise BadSampleError(f"{error}; remove it, or set data.on_bad_sample=skip", error.kind) from error
-        self._n_logged[error.kind] += 1
-        if self._n_logged[error.kind] <= _MOST_LOGGED:
-            logger.warning("skipped: %s", error)
-        if self._n_logged[error.kind] == _MOST_LOGGED:
-            logger.warning("more of this kind (%s) are counted, but not named", error.kind)
+        self._log(str(error), error.kind)
+
+    def pass_over_damage(self, damage: Damage) -> None:
+        """Log what is wrong with a shard. Raises: BadSampleError with the way out, if that is an error."""
+        if self._policy == "error":
+            raise BadSampleError(f"{damage.message}, or set data.on_bad_sample=skip", damage.kind)
+        self._log(damage.message, damage.kind)
+
+    def _log(self, message: str, kind: str) -> None:
+        logged = self._logged.setdefault(kind, set())
+        if len(logged) < _MOST_LOGGED and message not in logged:
+            logged.add(message)
+            logger.warning("skipped: %s", message)
+            if len(logged) == _MOST_LOGGED:
+                logger.warning("more of this kind (%s) are counted, but not named", kind)
 
 
 class PairDataset(Dataset[Sample]):
@@ -97,7 +107,7 @@ class PairDataset(Dataset[Sample]):
         self.findings = Findings(max_bad_fraction=max_bad_fraction)
         self.findings.add({damage.message: damage.kind for damage in index.damages})
         for damage in index.damages:
-            self._bad_samples.pass_over(BadSampleError(damage.message, damage.kind))
+            self._bad_samples.pass_over_damage(damage)
 
     def __len__(self) -> int:
         """Number of samples, bad ones included."""

@@ -37,12 +37,18 @@ class Findings:
                 self.unnamed[kind] += 1
         self._n_wanted += n_wanted
         self._n_bad += sum(kind != CUT_CAPTION for kind in found.values())
+        if self._n_wanted >= SAMPLES_TO_JUDGE:
+            self.judge()
+
+    def judge(self) -> None:
+        """Raise ValueError if too large a share of the samples that were read is bad."""
         met = self._n_wanted + self._n_bad
-        if self._n_wanted >= SAMPLES_TO_JUDGE and self._n_bad > self._max_bad_fraction * met:
+        if self._n_bad > self._max_bad_fraction * met:
             kinds = ", ".join(f"{kind} ({count:,})" for kind, count in self.count().most_common(5))
             raise ValueError(
                 f"at most {self._max_bad_fraction:g} of the samples that are read may be bad (data.max_bad_fraction), "
-                f"got {self._n_bad:,} of {met:,}: {kinds}; mend the data or raise that share"
+                f"got {self._n_bad:,} of {met:,} (one that comes again counts again): {kinds}; mend the data or raise "
+                "that share"
             )
 
     def count(self) -> Counter[str]:

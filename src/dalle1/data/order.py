@@ -19,6 +19,7 @@ import numpy as np
 # Words behind (seed, epoch, number) that tell apart what is drawn; a seed sequence is padded with zeros, so that the
 # permutation of a window has none.
 _OF_PIECES, _OF_PARTS, _OF_SHARES = 1, 2, 3
+_OPTION_OF = {"seed": "data.seed", "window": "data.shuffle_window (which ends with the data)"}
 _WINDOWS_KEPT = 2  # the present one and the next: thousands of batches ask for the same
 
 
@@ -81,7 +82,11 @@ class SampleOrder:
 
     def check_settings(self, saved: Mapping[str, Any], *, what: str) -> None:
         """Raise ValueError, with what differs, unless the order of `what` was saved with these settings."""
-        changes = [f"{name} {saved[name]}, not {now}" for name, now in self.settings.items() if saved[name] != now]
+        changes = [
+            f"{_OPTION_OF.get(name, name)} {saved[name]}, not {now}"
+            for name, now in self.settings.items()
+            if saved[name] != now
+        ]
         if changes:
             raise ValueError(
                 f"the order of {what} can only be resumed with the settings it was saved with: {'; '.join(changes)}; "
@@ -188,6 +193,6 @@ def batches_per_epoch(n_samples: int, *, batch_size: int, world_size: int) -> in
     if n_samples < global_batch_size:
         raise ValueError(
             f"the data set must fill one global batch of {global_batch_size} samples ({batch_size} per device on "
-            f"{world_size} device(s)), got {n_samples}; lower data.batch_size or add samples"
+            f"{world_size} device(s)), got {n_samples}; lower optim.batch_size or add samples"
         )
     return n_samples // global_batch_size

@@ -16,7 +16,8 @@ from aiohttp import ClientTimeout
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys
 
-from dalle1.data.raw_sample import MAX_PART_BYTES, PART_OF_EXTENSION, RawSample
+from dalle1.data.folders import TABLE_EXTENSIONS
+from dalle1.data.raw_sample import MAX_PART_BYTES, PART_OF_EXTENSION, BadSampleError, RawSample
 from dalle1.data.shard_scan import BoundedMember, Damage, leads_out, name_damage, split_name
 from dalle1.data.shards import check_distinct, expand_braces, expand_shards
 from dalle1.data.sources import is_remote, without_secrets
@@ -49,6 +50,8 @@ def expand_addresses(paths: Sequence[str], *, allow_pipe: bool = False, missing_
                 raise ValueError(f"a command is only run with data.allow_pipe=true, got {path!r}")
             shards.append(path)
         elif not is_remote(path):
+            if os.path.isdir(path) or path.lower().endswith(TABLE_EXTENSIONS):
+                raise ValueError(f"a stream must have shards, got folder or table {path!r}; use data.backend=indexed")
             shards += expand_shards([path], missing_ok=missing_ok)
         else:
             if path.endswith("/"):
@@ -83,7 +86,12 @@ def _not_installed(address: str, error: ImportError) -> ValueError:
 
 
 def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if ended := re.search(r"exit (\d+) \(read\)", text):  # of WebDataset's pipe
+        return f"its command ended with status {ended[1]}"
+    if not text or re.fullmatch(r"\w+://\S+", text):  # fsspec says no more of a web server than the address
+        cause = error.__cause__ or error.__context__
+        return _reason(cause) if cause else type(error).__name__
     return re.sub(r"\w+://[^\s'\")]+", lambda address: without_secrets(address[0]), text)
 
 
@@ -113,6 +121,8 @@ def read_shard(shard: str, report: Callable[[Damage], None]) -> Iterator[RawSamp
                     n_given += 1
                     yield sample
             return
+        except BadSampleError:  # of `report`, to which damage is an error
+            raise
         except ImportError as error:
             raise _not_installed(name, error) from error
         except tarfile.TarError as error:

@@ -6,7 +6,7 @@ import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self, get_args
 
 import numpy as np
 
@@ -28,11 +28,17 @@ _MOST_DIGITS, _LONGEST_HEADER = 18, 1 << 20
 _UNUSUAL_RECORDS = (b"hdrcharset", b"GNU.sparse.map", b"GNU.sparse.size", b"GNU.sparse.major")
 
 
+DamageKind = Literal[
+    "shard cannot be read", "shard is no tar", "shard is truncated", "name leads out of the shard", "key used twice"
+]
+DAMAGE_KINDS: tuple[str, ...] = get_args(DamageKind)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Damage:
     """Something wrong with a shard itself; what else is in it can be used."""
 
-    kind: str  # in a few words, to count by
+    kind: DamageKind
     message: str  # one sentence that names the shard
 
 

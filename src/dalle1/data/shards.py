@@ -102,13 +102,14 @@ class ShardIndex(SampleIndex):
     takes its key and 72 bytes.
     """
 
-    def __init__(self, patterns: str | list[str], *, skip_damage: bool = False) -> None:
+    def __init__(self, patterns: str | list[str], *, skip_damage: bool = False, may_be_empty: bool = False) -> None:
         """Scan the shards that `patterns` name (see `expand_shards`).
 
         Args:
             patterns: Which shards.
             skip_damage: Take what is whole of damaged shards and note in `damages` what is wrong with them; that a
                 shard is missing is damage too. Without, damage is an error.
+            may_be_empty: Do with no sample at all, if that is for damage.
 
         Raises:
             ValueError: If there is no sample at all; for a file that is no complete tar, for a key with two pictures,
@@ -126,9 +127,9 @@ class ShardIndex(SampleIndex):
             keys.append(PackedStrings(content.keys))
             byte_ranges.append(content.byte_ranges)
         self._keys = PackedStrings.joined(keys)
-        if not self._keys and self.damages:
+        if not self._keys and self.damages and not may_be_empty:
             raise ValueError(f"shards must hold samples, there are none; the first damage: {self.damages[0].message}")
-        if not self._keys:
+        if not self._keys and not self.damages:
             raise ValueError(f"shards must hold samples, such as 01.jpg and 01.txt; there are none in {patterns!r}")
         self.block_sizes = np.array([len(part) for part in keys], dtype=np.int64)
         self._ends = np.cumsum(self.block_sizes)

@@ -110,12 +110,15 @@ def open_index(paths: Sequence[str], *, skip_damage: bool = False) -> SampleInde
     parts: list[SampleIndex] = []
     for is_shard, places in groups:
         if is_shard:
-            parts.append(ShardIndex(places, skip_damage=skip_damage))
+            parts.append(ShardIndex(places, skip_damage=skip_damage, may_be_empty=len(groups) > 1))
         elif os.path.isdir(places[0]):
             parts.append(_open_folder(places[0]))
         else:
             parts.append(TableIndex(places[0]))
-    return parts[0] if len(parts) == 1 else JoinedIndex(parts)
+    index = parts[0] if len(parts) == 1 else JoinedIndex(parts)
+    if not len(index):
+        raise ValueError(f"shards must hold samples, there are none; the first damage: {index.damages[0].message}")
+    return index
 
 
 def _expand_other(pattern: str) -> list[str]:

@@ -136,7 +136,8 @@ class _Samples:
         return sample
 
     def _note_damage(self, damage: Damage) -> None:
-        self.note(damage.message, BadSampleError(damage.message, damage.kind))
+        self._bad_samples.pass_over_damage(damage)
+        self.findings[damage.message] = damage.kind
 
     def note(self, name: str, error: BadSampleError) -> None:
         """Remember a bad sample or damage. Raises: BadSampleError if that is an error."""

@@ -44,7 +44,11 @@ def summarize(
         "places": list(places),
         "settings": {
             "caption": options.caption.setting,
-            "filters": {name: value for name, value in options.filters.to_dict().items() if value not in (None, False)},
+            "filters": {
+                name: value
+                for name, value in options.filters.to_dict().items()
+                if value is not None and value is not False
+            },
             "decode": options.decode,
             "image_size": options.image_size,
             "samples": options.samples,

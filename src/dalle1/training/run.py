@@ -99,7 +99,8 @@ def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"data.tokens are for stage=transformer, which alone needs no pictures, got stage={stage}")
     if stage == "tokenizer":
         is_complete = (run_dir / TOKENIZER).exists() and (run_dir / SUMMARY).exists()
-        given = train_tokenizer(build(cfg, "model", TextTokenizerConfig), data, run_dir / TOKENIZER)
+        earlier = _read_json(run_dir / SUMMARY) if is_complete else {}
+        given = train_tokenizer(build(cfg, "model", TextTokenizerConfig), data, run_dir / TOKENIZER, earlier)
         metrics = None if is_complete else given
     elif stage == "tokens":
         metrics = _encode_pictures(cfg, data, run_dir)
@@ -331,13 +332,21 @@ def _check_same_run(checkpoint: Path, module: StageModule) -> int:
     groups += [(group, now, content.get(OPTIONS_KEY, {}).get(group, {})) for group, now in module.options.items()]
     for group, now, before in groups:
         differing = [name for name in now if before.get(name) != now[name]]
-        changed += [f"{group}.{name} ({before.get(name)}, not {now[name]})" for name in differing]
+        changed += [f"{group}.{name} ({_differing(before.get(name), now[name])})" for name in differing]
     if changed:
         raise ValueError(
             f"'{checkpoint}' was trained with another {' and another '.join(changed)}; "
             "delete that run, or choose another name="
         )
     return int(content["global_step"])
+
+
+def _differing(before: Any, now: Any) -> str:
+    """What it was and is, of mappings only what is different."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{before}, not {now}" if before is not None else f"not {now}"
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name}: {before.get(name)}, not {now.get(name)}" for name in names)
 
 
 def check_precision(precision: str, optim: OptimConfig) -> None:

@@ -106,6 +106,12 @@ def encode_data(
     n_encoded = {split: sum(map(len, open_tokens(directory, manifest, split))) for split in SPLITS}
     n_damaged = len({damage.message for split in SPLITS for damage in data.index(split).damages})
     n_bad = sum(len(data.index(split)) - n_encoded[split] for split in SPLITS)
+    n_samples = sum(len(data.index(split)) for split in SPLITS)
+    if n_bad > data.config.max_bad_fraction * n_samples:
+        raise ValueError(
+            f"at most {data.config.max_bad_fraction:g} of the samples may be bad (data.max_bad_fraction), got "
+            f"{n_bad:,} of {n_samples:,}; mend the data, delete '{directory}' and start again, or raise that share"
+        )
     if n_bad or n_damaged:
         reasons = ", ".join(f"{kind} ({count:,})" for kind, count in encoder.findings.count().most_common())
         logger.warning(
@@ -230,7 +236,7 @@ class _Encoder:
             wanted = list(of_split)
             index = self._data.index(split)
             for damage in index.damages:
-                self._bad_samples.pass_over(BadSampleError(damage.message, damage.kind))
+                self._bad_samples.pass_over_damage(damage)
                 self.findings.add({damage.message: damage.kind})
             crops = self._config.crops if split == "train" else 1
             loader = DataLoader(
