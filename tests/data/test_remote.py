@@ -184,10 +184,12 @@ def test_secrets_of_addresses_are_in_no_sample_and_no_damage(
     assert "secret" not in caplog.text + "".join(damage.message for damage in damages)
 
 
-def test_reason_of_a_web_server_or_a_command_is_more_than_its_name(tmp_path: Path) -> None:
+def test_reason_of_a_web_server_or_a_command_is_more_than_its_name(tmp_path: Path, pauses: list[float]) -> None:
     with serve(tmp_path) as (address, _):
         _, (gone,) = keys(f"{address}/gone.tar")
+    assert pauses == []
     _, (closed,) = keys(f"{address}/gone.tar")
+    assert pauses == [1.0, 2.0]  # it may come up again
     _, (failed,) = keys("pipe:false")
     assert "404" in gone.message
     assert "Connect" in closed.message

@@ -132,14 +132,21 @@ def read_shard(shard: str, report: Callable[[Damage], None]) -> Iterator[RawSamp
         except Exception as error:  # networks, file systems and decompressors raise all kinds
             # A server may send no longer than it wants to, as often as training is slow: it counts what comes of it.
             n_failures = 1 if n_given > n_before else n_failures + 1
-            is_gone = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
-            if n_failures == _ATTEMPTS or is_gone:
+            if n_failures == _ATTEMPTS or _is_gone(error):
                 sentence = f"shard {name!r} cannot be read ({_reason(error)}); restore it or leave it out"
                 report(Damage(kind="shard cannot be read", message=sentence))
                 return
             pause = _FIRST_PAUSE_SECONDS * 2 ** (n_failures - 1)
             logger.warning("shard %r broke off (%s); trying again in %g s", name, _reason(error), pause)
             time.sleep(pause)
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether trying again is of no use."""
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        # So fsspec calls whatever a web server does instead of answering, as if it were down for good.
+        return isinstance(error.__cause__, FileNotFoundError) or getattr(error.__cause__, "status", None) in (404, 410)
+    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
 
 
 def _samples(shard: str, report: Callable[[Damage], None]) -> Iterator[RawSample]:
