@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle1.checkpoint import load_dvae, load_transformer
+from dalle1.checkpoint import load_dvae, load_transformer, read_checkpoint, weights_sha256
 from dalle1.data.dataset import PairDataset
 from dalle1.data.preparation import Preparation, collate
 from dalle1.data.shards import ShardIndex
@@ -53,7 +53,8 @@ def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
 
 
 def _call(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "training")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -95,6 +96,20 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert summary["psnr_db"] == pytest.approx(float(psnr_db(error).mean()), rel=1e-4)
     assert summary["code_perplexity"] == pytest.approx(usage.perplexity, rel=1e-4)
     assert summary["dead_codes"] == usage.n_dead
+
+
+def test_signal_to_one_of_two_processes_stops_both_which_then_go_on_as_if_it_had_not_come(tmp_path: Path) -> None:
+    options = [*TINY_DVAE, *TINY, "optim.max_steps=6", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    kill = ["+callbacks.kill._target_=killing.KillAt", "+callbacks.kill.step=2", "+callbacks.kill.rank=1"]
+    for run, extra in (("stopped", kill), ("stopped", []), ("whole", [])):
+        done = _call(tmp_path, *options, *extra, f"run_dir={tmp_path / run}")
+        assert done.returncode == 0, done.stderr
+        if extra:
+            assert "SIGTERM has stopped 'stopped' after update 3, which is saved" in done.stdout
+    whole, stopped = (read_checkpoint(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("whole", "stopped"))
+    assert stopped["global_step"] == whole["global_step"] == 6
+    for part in ("state_dict", "ema"):
+        assert weights_sha256(stopped[part]) == weights_sha256(whole[part])
 
 
 def test_transformer_of_two_processes_is_that_of_one(tmp_path: Path) -> None:

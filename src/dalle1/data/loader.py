@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,6 +17,8 @@ from dalle1.data.order import SampleOrder, batches_per_epoch
 from dalle1.data.preparation import Batch, Sample, collate
 
 logger = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 60  # that a worker lives on after SIGTERM; schedulers wait 30 to 90 before they kill
 
 
 class ResumableLoader:
@@ -237,4 +240,13 @@ def loader_options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
         # Every pass draws a seed for its workers. Drawn from the global generator, as is the default, it would
         # change the noise of a run that is resumed.
         "generator": torch.Generator(),
+        "worker_init_fn": outlive_stop_signals,
     }
+
+
+def outlive_stop_signals(_: int) -> None:
+    """Of a worker: go on when a scheduler ends all processes, because training needs some more batches to end well."""
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        # At last it must end all the same: so does Python end workers that hang.
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))

@@ -111,8 +111,13 @@ class LastCheckpoint(pl.Callback):
     ) -> None:
         """Save if it is time."""
         step = trainer.global_step
-        if (step % self.every_n_steps == 0 or step == trainer.max_steps) and step != self.last_saved:
-            self.last_saved = step
+        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save the state after this update, once; all devices must call this together."""
+        if trainer.global_step != self.last_saved:
+            self.last_saved = trainer.global_step
             trainer.save_checkpoint(self.path)
 
 

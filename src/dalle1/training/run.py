@@ -47,6 +47,7 @@ from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
 from dalle1.training.stage_module import StageModule
+from dalle1.training.stop_signals import RunStoppedError, StopSignals
 from dalle1.training.tokenizer_stage import train_tokenizer
 from dalle1.training.tokens_stage import TokensConfig, build_fabric, encode_data
 from dalle1.training.transformer_module import ComputeConfig, TransformerModule, TransformerOptimConfig
@@ -67,7 +68,8 @@ T = TypeVar("T")
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Train the stage that `cfg` describes, or continue it, and return its summary.
 
-    Raises: ValueError, TypeError or FileNotFoundError, each in one sentence, for anything that a user can cause.
+    Raises: ValueError, TypeError or FileNotFoundError, each in one sentence, for anything that a user can cause;
+        SystemExit with code 0 if a signal has stopped training, so that no sweep goes on either.
     """
     run_dir = Path(cfg.run_dir)
     is_new = not run_dir.exists() or not any(run_dir.iterdir())
@@ -80,6 +82,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         if is_new and not (run_dir / CHECKPOINT).exists() and not any(run_dir.glob("*.tar")):
             rank_zero_only(shutil.rmtree)(run_dir, ignore_errors=True)
         raise
+    except RunStoppedError as stop:
+        rank_zero_only(logger.info)(str(stop))
+        raise SystemExit(0) from None
     finally:
         _remove_if_empty(run_dir)
 
@@ -274,7 +279,8 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     # All input is checked before the first file is written.
     data.prepare_data()
     data.setup("fit")
-    trainer = _build_trainer(cfg, module, run_dir)
+    stopper = StopSignals()
+    trainer = _build_trainer(cfg, module, run_dir, stopper)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if trainer.is_global_zero:
@@ -289,6 +295,11 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         savers = [each for each in trainer.callbacks if isinstance(each, LastCheckpoint)]  # type: ignore[attr-defined]
         if all(each.last_saved != trainer.global_step for each in savers):
             trainer.save_checkpoint(checkpoint)  # training was made to end early, or nothing was left to train
+        if stopper.received is not None:
+            raise RunStoppedError(
+                f"{stopper.received} has stopped '{os.path.relpath(run_dir)}' after update {trainer.global_step}, "
+                "which is saved; the same command goes on"
+            )
         metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
     if trainer.is_global_zero:
         starts = sorted(run_dir.glob("logs/*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
@@ -364,7 +375,7 @@ def check_precision(precision: str, optim: OptimConfig) -> None:
         )
 
 
-def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Trainer:
+def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, stopper: StopSignals) -> pl.Trainer:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Decoding in the training process is a choice of the configuration, not an oversight.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -389,7 +400,7 @@ def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path) -> pl.Tr
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             logger=list(instantiate(cfg.logger, _convert_="all").values()),
-            callbacks=callbacks,
+            callbacks=[*callbacks, stopper],
             plugins=[AtomicCheckpointIO()],
             enable_checkpointing=False,
             default_root_dir=run_dir,
