@@ -22,6 +22,7 @@ LAYERS = [
         "sample",
         "score",
         "plan",
+        "status",
         "data.inspect",
         "data.survey_pictures",
         "data.survey_report",
@@ -41,6 +42,7 @@ LAYERS = [
     ["losses"],
     ["models"],
     ["data"],
+    ["run_status"],
     ["atomic_files"],
 ]
 # Where each framework may appear; everything else is plain PyTorch.

@@ -1,0 +1,97 @@
+"""Keeps a run's `status.json` up to date."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.trainer.states import TrainerFn
+
+from dalle1.run_status import EVERY_SECONDS, RunStatus, State, write_status
+
+
+class StatusFile(pl.Callback):
+    """Writes where the run is into `status.json`: every ten seconds, and whenever it begins something else."""
+
+    def __init__(self, directory: str) -> None:
+        """Write into `directory`, from the first device."""
+        self._directory = directory
+        self._started = self._written = 0.0
+        self._first_step = 0
+        self._checkpoint: tuple[int, float] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Training begins or goes on."""
+        self._started, self._first_step, self._checkpoint = time.time(), trainer.global_step, None
+        self._write(trainer, pl_module, "training")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write if it is time."""
+        if time.time() - self._written >= EVERY_SECONDS:
+            self._write(trainer, pl_module, "training")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A validation begins; that of the last step belongs to a run that is complete."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._write(trainer, pl_module, "validating")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Training goes on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._write(trainer, pl_module, "training")
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """A checkpoint is being written."""
+        self._checkpoint = trainer.global_step, time.time()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """All updates are done, or a signal has ended the run."""
+        self._write(trainer, pl_module, "complete" if trainer.global_step >= trainer.max_steps else "stopped")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The run ends with an error, or by Ctrl-C."""
+        if isinstance(exception, KeyboardInterrupt):
+            self._write(trainer, pl_module, "stopped")
+        else:
+            self._write(trainer, pl_module, "failed", error=f"{type(exception).__name__}: {exception}")
+
+    def _write(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: State, error: str | None = None
+    ) -> None:
+        if not trainer.is_global_zero or not self._started:
+            return
+        now, step = time.time(), trainer.global_step
+        self._written = now
+        n_done = step - self._first_step
+        pace = (now - self._started) / n_done if n_done else None
+        known = {name: _number(value) for name, value in trainer.callback_metrics.items()}
+        status = RunStatus(
+            stage=type(pl_module).__name__.removesuffix("Module").lower(),
+            state=state,
+            step=step,
+            max_steps=trainer.max_steps,
+            loss=known.get("train/loss"),
+            samples_per_second=known.get("perf/samples_per_second"),
+            data_wait=known.get("perf/data_wait"),
+            mfu=known.get("perf/mfu"),
+            seconds_left=None if pace is None else round(pace * (trainer.max_steps - step), 1),
+            checkpoint_step=None if self._checkpoint is None else self._checkpoint[0],
+            checkpoint_time=None if self._checkpoint is None else self._checkpoint[1],
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=self._started,
+            updated=now,
+            error=error,
+        )
+        write_status(self._directory, status)
+
+
+def _number(value: Any) -> float | None:
+    """JSON has no numbers that are not finite."""
+    return float(value) if math.isfinite(float(value)) else None
