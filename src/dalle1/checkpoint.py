@@ -112,12 +112,17 @@ def write_exported(directory: str | Path, model: nn.Module, record: Mapping[str,
     return sha256
 
 
+class DamagedCheckpointError(ValueError):
+    """A file that no checkpoint can be read from."""
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint on the CPU, without executing anything in it.
 
     An exported checkpoint comes in the form that training writes.
 
-    Raises: FileNotFoundError if there is none; ValueError if it is damaged, not ours or of a newer format.
+    Raises: FileNotFoundError if there is none; DamagedCheckpointError, or another ValueError if it is not ours or of a
+        newer format.
     """
     path = Path(path)
     if not path.exists():
@@ -128,7 +133,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged pickle can raise any error
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-        raise ValueError(
+        raise DamagedCheckpointError(
             f"'{path}' is not a checkpoint that can be read safely ({reason}); give checkpoints/last.ckpt of a stage; "
             "if it is that, it is damaged: delete it and train the stage again"
         ) from error

@@ -28,7 +28,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from dalle1.atomic_files import write_json
-from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, load_image_tokenizer, read_checkpoint
+from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, load_image_tokenizer
 from dalle1.data.config import DataConfig
 from dalle1.data.datamodule import PairDataModule
 from dalle1.evaluation.pictures import save_curves
@@ -40,7 +40,7 @@ from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from dalle1.tokenizers.text_file import load_text_tokenizer
 from dalle1.training.allocator import keep_freed_memory
-from dalle1.training.callbacks import AtomicCheckpointIO, LastCheckpoint, RunProgress
+from dalle1.training.callbacks import LAST, AtomicCheckpointIO, LastCheckpoint, RunProgress, newest_whole
 from dalle1.training.clip_module import CLIPModule
 from dalle1.training.data_report import report_findings
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
@@ -59,7 +59,7 @@ _MAY_CHANGE = ("max_steps", "batch_size")
 # Options of the data that it must be continued with; the loader sees to those that decide the order.
 _SAME_DATA = ("image_size", "seed", "augmentation", "background", "small_pictures", "caption")
 
-CHECKPOINT = Path("checkpoints") / "last.ckpt"
+CHECKPOINT = Path("checkpoints") / LAST
 TOKENIZER = Path("tokenizer.json")
 SUMMARY = Path("summary.json")
 T = TypeVar("T")
@@ -265,9 +265,10 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         module.options["data"] |= {name: decided[name] for name in (*names, "crops", "samples_sha256")}
     elif isinstance(module, TransformerModule) and module.optim.cache_image_tokens:
         _check_tokens_can_be_cached(data.config)
-    checkpoint = run_dir / CHECKPOINT
-    if checkpoint.exists():
-        step = _check_same_run(checkpoint, module)
+    checkpoint, start = run_dir / CHECKPOINT, None
+    if found := newest_whole(checkpoint.parent):
+        start, step = found[0], _check_same_run(*found, module)
+        del found  # its content is as large as the model and its optimizer
         if step >= module.optim.max_steps and (run_dir / SUMMARY).exists():
             return None
         if step > module.optim.max_steps:
@@ -289,7 +290,6 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         for each in trainer.loggers:
             if isinstance(each, WandbLogger):
                 begin_wandb_run(each, run_dir, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
-    start = checkpoint if checkpoint.exists() else None
     with _ctrl_c_stays_itself():
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         savers = [each for each in trainer.callbacks if isinstance(each, LastCheckpoint)]  # type: ignore[attr-defined]
@@ -332,9 +332,8 @@ def _ctrl_c_stays_itself() -> Iterator[None]:
         raise
 
 
-def _check_same_run(checkpoint: Path, module: StageModule) -> int:
+def _check_same_run(checkpoint: Path, content: dict[str, Any], module: StageModule) -> int:
     """Step of an earlier run's checkpoint. Raises: ValueError if this run would train something else."""
-    content = read_checkpoint(checkpoint)
     saved, wanted = content[RECORD_KEY], module.record
     if saved["kind"] != wanted["kind"]:
         raise ValueError(f"'{checkpoint}' must hold a {wanted['kind']}, got a {saved['kind']}; choose another name=")

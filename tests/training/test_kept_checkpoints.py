@@ -1,0 +1,96 @@
+"""Which checkpoints stay, and what happens when the last one is damaged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from stage_runs import Train, last
+
+from dalle1.checkpoint import DamagedCheckpointError, read_checkpoint, weights_sha256
+from dalle1.training.callbacks import LastCheckpoint
+
+
+def names(results: Path) -> list[str]:
+    return sorted(path.name for path in (results / "dvae" / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def results(trained: Path, tmp_path: Path) -> Path:
+    """A complete run with checkpoints of updates 4 and 8."""
+    shutil.copytree(trained / "dvae", tmp_path / "dvae")
+    last(tmp_path, "dvae").unlink()
+    os.link(tmp_path / "dvae" / "checkpoints" / "step0000008.ckpt", last(tmp_path, "dvae"))
+    return tmp_path
+
+
+def test_the_last_one_and_the_one_before_it_stay(trained: Path) -> None:
+    assert names(trained) == ["last.ckpt", "step0000004.ckpt", "step0000008.ckpt"]
+    assert os.path.samefile(last(trained, "dvae"), last(trained, "dvae").with_name("step0000008.ckpt"))
+    assert read_checkpoint(last(trained, "dvae").with_name("step0000004.ckpt"))["global_step"] == 4
+
+
+def test_others_stay_if_asked_to(train: Train, tmp_path: Path) -> None:
+    keep = ("callbacks.checkpoint.keep_last=1", "callbacks.checkpoint.every_n_steps=2")
+    train(tmp_path, "dvae", *keep, "callbacks.checkpoint.keep_every_n_steps=4", "optim.max_steps=10")
+    assert names(tmp_path) == ["last.ckpt", "step0000004.ckpt", "step0000008.ckpt", "step0000010.ckpt"]
+
+
+def test_without_links_they_are_copied(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    train(tmp_path, "dvae")
+    assert names(tmp_path) == ["last.ckpt", "step0000004.ckpt", "step0000008.ckpt"]
+    assert last(tmp_path, "dvae").read_bytes() == last(tmp_path, "dvae").with_name("step0000008.ckpt").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_damaged_one_is_named_and_the_one_before_it_gone_on_from(
+    train: Train, trained: Path, results: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = last(results, "dvae")  # and under its other name
+    if damage == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "flipped":
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda record: record.file_size)
+        with path.open("r+b") as file:
+            file.seek(largest.header_offset + largest.file_size)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+    else:
+        path.with_name("step0000008.ckpt").unlink()
+        path.unlink()
+    train(results, "dvae")
+    whole = f"'{path}' is damaged; going on from '{path.with_name('step0000004.ckpt')}'"
+    assert (whole in caplog.messages) == (damage != "gone")
+    assert names(results) == ["last.ckpt", "step0000004.ckpt", "step0000008.ckpt"]
+    content, expected = read_checkpoint(path), read_checkpoint(last(trained, "dvae"))
+    for part in ("state_dict", "ema"):
+        assert weights_sha256(content[part]) == weights_sha256(expected[part])
+
+
+def test_nothing_but_damaged_ones_is_an_error(train: Train, results: Path) -> None:
+    for path in last(results, "dvae").parent.iterdir():
+        path.write_bytes(b"damaged")
+    with pytest.raises(DamagedCheckpointError, match=r"last\.ckpt' is not a checkpoint that can be read safely"):
+        train(results, "dvae")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, r"callbacks\.checkpoint\.every_n_steps must be >= 1, got 0"),
+        ({"keep_last": 0}, r"callbacks\.checkpoint\.keep_last must be >= 1, got 0"),
+        ({"keep_every_n_steps": 6}, r"keep_every_n_steps must be a multiple of every_n_steps, 4, .* got 6"),
+    ],
+)
+def test_other_numbers_are_refused(tmp_path: Path, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LastCheckpoint(str(tmp_path), **({"every_n_steps": 4} | options))  # type: ignore[arg-type]
