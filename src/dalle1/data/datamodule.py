@@ -217,9 +217,13 @@ class PairDataModule(pl.LightningDataModule):
         """
         if self.config.is_stream("train"):
             self._findings["train"] = Findings(max_bad_fraction=self.config.max_bad_fraction)
-            yield from read_captions(self._stream_settings("train"), self._findings["train"])
+            captions = read_captions(self._stream_settings("train"), self._findings["train"])
         else:
-            yield from self._dataset("train").captions()
+            captions = self._dataset("train").captions()
+        return self._judged(captions)
+
+    def _judged(self, captions: Iterator[str]) -> Iterator[str]:
+        yield from captions
         self._findings["train"].judge()
 
     def count_findings(self) -> Counter[str]:
