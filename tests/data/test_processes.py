@@ -71,15 +71,18 @@ def test_work_that_is_left_ends_its_processes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_ctrl_c_waits_until_all_processes_are_known() -> None:
     reached = []
-    before = signal.getsignal(signal.SIGINT)  # in a shell's background it is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored
 
     def start() -> None:
         with processes._ctrl_c_waits():
             os.kill(os.getpid(), signal.SIGINT)
             reached.append(True)
 
-    with pytest.raises(KeyboardInterrupt):
-        start()
-    assert reached
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    assert signal.getsignal(signal.SIGINT) is before
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert reached
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
