@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_ctrl_c_waits_until_all_processes_are_known() -> None:
 
     def start() -> None:
         with processes._ctrl_c_waits():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
             reached.append(True)
 
     try:

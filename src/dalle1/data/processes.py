@@ -72,15 +72,17 @@ def _ctrl_c_waits() -> Iterator[None]:
     Raises: KeyboardInterrupt at the end, if there was one: in the middle it could leave a process that nobody ends.
     """
     heard: list[int] = []
-    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    hears = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
-    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number)) if is_main else None
+    if hears:
+        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     try:
         yield
     finally:
-        if is_main:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # what has come is heard here
+        if hears:
             signal.signal(signal.SIGINT, before)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     if heard:
         raise KeyboardInterrupt
 
