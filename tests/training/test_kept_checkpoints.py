@@ -37,6 +37,9 @@ def test_others_stay_if_asked_to(train: Train, tmp_path: Path) -> None:
     keep = ("callbacks.checkpoint.keep_last=1", "callbacks.checkpoint.every_n_steps=2")
     train(tmp_path, "dvae", *keep, "callbacks.checkpoint.keep_every_n_steps=4", "optim.max_steps=10")
     assert names(tmp_path) == ["last.ckpt", "step0000004.ckpt", "step0000008.ckpt", "step0000010.ckpt"]
+    # What somebody else put there is none of ours.
+    last(tmp_path, "dvae").with_name("step0000004-mine.ckpt").touch()
+    assert train(tmp_path, "dvae", *keep, "optim.max_steps=12")["step"] == 12
 
 
 def test_without_links_they_are_copied(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

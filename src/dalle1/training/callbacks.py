@@ -165,7 +165,7 @@ class LastCheckpoint(pl.Callback):
                 shutil.copyfile(self.path, temporary)
         for old in earlier_checkpoints(self.path.parent)[self._keep_last :]:
             if not self._keep_every or _step_of(old) % self._keep_every:
-                old.unlink()
+                old.unlink(missing_ok=True)
 
 
 def _check_sums(path: Path) -> None:
@@ -181,7 +181,8 @@ def _check_sums(path: Path) -> None:
 
 def earlier_checkpoints(directory: Path) -> list[Path]:
     """All `step<update>.ckpt` in a directory, the newest first."""
-    return sorted(directory.glob("step[0-9]*.ckpt"), key=_step_of, reverse=True)
+    ours = (path for path in directory.glob("step*.ckpt") if path.stem.removeprefix("step").isdecimal())
+    return sorted(ours, key=_step_of, reverse=True)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -194,6 +195,7 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises: DamagedCheckpointError if all are; ValueError if the newest whole one is not ours.
     """
     last = directory / LAST
+    damaged: list[Path] = []
     first_error: DamagedCheckpointError | None = None
     for path in ([last] if last.exists() else []) + earlier_checkpoints(directory):
         try:
@@ -201,9 +203,10 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
             content = read_checkpoint(path)
         except DamagedCheckpointError as error:
             first_error = first_error or error
+            damaged.append(path)
             continue
-        if first_error is not None:
-            rank_zero_only(logger.warning)(f"'{last}' is damaged; going on from '{path}'")
+        if damaged:
+            rank_zero_only(logger.warning)(f"'{damaged[0]}' is damaged; going on from '{path}'")
         return path, content
     if first_error is not None:
         raise first_error
