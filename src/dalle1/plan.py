@@ -24,7 +24,8 @@ from dalle1.training.cost import (
     count_seconds,
     largest_batch,
 )
-from dalle1.training.run import build, check_precision
+from dalle1.training.run import build
+from dalle1.training.trainer import check_precision
 from dalle1.training.transformer_module import ComputeConfig, TransformerOptimConfig
 
 # What the paper says of its models, by layers and width (table 1; app. B.1): weights without embeddings.

@@ -17,7 +17,7 @@ def last(results: Path, stage: str) -> Path:
 
 def stop_at_step(step: int) -> Callable[..., None]:
     """The checkpoint callback's own work, and then a dead process after update `step`."""
-    from dalle1.training.callbacks import LastCheckpoint
+    from dalle1.training.checkpoints import LastCheckpoint
 
     work = LastCheckpoint.on_train_batch_end
 

@@ -11,7 +11,7 @@ import pytest
 from stage_runs import Train, last
 
 from dalle1.checkpoint import DamagedCheckpointError, read_checkpoint, weights_sha256
-from dalle1.training.callbacks import LastCheckpoint
+from dalle1.training.checkpoints import LastCheckpoint
 
 
 def names(results: Path) -> list[str]:

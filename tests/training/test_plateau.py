@@ -125,7 +125,7 @@ def test_continues_from_its_state(make_plateau: Callable[..., PlateauHalving], s
 def test_resumed_run_equals_uninterrupted_one_and_logs_its_rate(
     train: Callable[..., Any], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dalle1.training.callbacks import LastCheckpoint
+    from dalle1.training.checkpoints import LastCheckpoint
 
     work = LastCheckpoint.on_train_batch_end
 

@@ -122,7 +122,7 @@ def test_bad_picture_leaves_no_new_run_behind(train: Train, tmp_path: Path, monk
     def refuse(self: object, trainer: Any, *_: object) -> None:
         raise ValueError("picture of sample '17' cannot be decoded")
 
-    monkeypatch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_start", refuse)
+    monkeypatch.setattr("dalle1.training.checkpoints.LastCheckpoint.on_train_batch_start", refuse)
     with pytest.raises(ValueError, match="cannot be decoded"):
         train(tmp_path, "dvae")
     assert not (tmp_path / "dvae").exists()

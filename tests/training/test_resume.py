@@ -41,7 +41,7 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(
             train(tmp_path, stage)
     assert not last(tmp_path, stage).exists()
     with monkeypatch.context() as patch:
-        patch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_end", stop_at_step(6))
+        patch.setattr("dalle1.training.checkpoints.LastCheckpoint.on_train_batch_end", stop_at_step(6))
         with pytest.raises(SystemExit):
             train(tmp_path, stage)
     assert read_checkpoint(last(tmp_path, stage))["global_step"] == 4
@@ -66,7 +66,7 @@ def test_resumed_run_with_scaled_resblocks_equals_uninterrupted_one(
             shutil.copytree(trained / earlier, tmp_path / run / earlier)
     train(tmp_path / "whole", "transformer", "optim.resblock_gradient_scaling=true")
     with monkeypatch.context() as patch:
-        patch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_end", stop_at_step(6))
+        patch.setattr("dalle1.training.checkpoints.LastCheckpoint.on_train_batch_end", stop_at_step(6))
         with pytest.raises(SystemExit):
             train(tmp_path / "resumed", "transformer", "optim.resblock_gradient_scaling=true")
     train(tmp_path / "resumed", "transformer", "optim.resblock_gradient_scaling=true")
@@ -91,7 +91,7 @@ def test_ctrl_c_is_not_an_error_of_training(
         if moment == "on_train_batch_start" or trainer.state.fn == "validate":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"dalle1.training.callbacks.LastCheckpoint.{moment}", press)
+    monkeypatch.setattr(f"dalle1.training.checkpoints.LastCheckpoint.{moment}", press)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, "dvae")
     assert capsys.readouterr().err.endswith("\n"), "what is printed next begins a line"
@@ -110,7 +110,7 @@ def test_wall_time_of_earlier_starts_counts(
 def test_count_of_cut_captions_survives_a_resume(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = ["text_seq_len=3", "truncate_captions=true"]
     train(tmp_path, "tokenizer", *short)
-    monkeypatch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_end", stop_at_step(6))
+    monkeypatch.setattr("dalle1.training.checkpoints.LastCheckpoint.on_train_batch_end", stop_at_step(6))
     with pytest.raises(SystemExit):
         train(tmp_path, "clip", *short)
     # The first 4 steps are in the checkpoint, 4 more follow: 32 of the 40 training samples.
@@ -149,7 +149,7 @@ def test_interrupted_run_with_fewer_steps_is_refused(
 ) -> None:
     shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
     with monkeypatch.context() as patch:
-        patch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_end", stop_at_step(6))
+        patch.setattr("dalle1.training.checkpoints.LastCheckpoint.on_train_batch_end", stop_at_step(6))
         with pytest.raises(SystemExit):
             train(tmp_path, "clip")
     with pytest.raises(ValueError, match=r"optim.max_steps must be at least 4, where .* was interrupted, got 3"):

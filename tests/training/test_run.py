@@ -79,7 +79,7 @@ def test_run_that_fails_ends_its_weights_and_biases_run_as_failed(
     )
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setattr("dalle1.training.callbacks.LastCheckpoint.on_train_batch_end", stop_at_step(6))
+    monkeypatch.setattr("dalle1.training.checkpoints.LastCheckpoint.on_train_batch_end", stop_at_step(6))
     with pytest.raises(SystemExit):
         train(tmp_path, "dvae", "logger=wandb")
     assert codes == [1]

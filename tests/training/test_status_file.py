@@ -12,7 +12,7 @@ from stage_runs import Train
 
 from dalle1.run_status import RunStatus, read_status
 from dalle1.training import status
-from dalle1.training.callbacks import LastCheckpoint
+from dalle1.training.checkpoints import LastCheckpoint
 
 
 def test_finished_run_is_complete(trained: Path) -> None:

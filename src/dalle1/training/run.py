@@ -12,9 +12,7 @@ import logging
 import os
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,7 +20,6 @@ from typing import Any, TypeVar, cast
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -40,7 +37,7 @@ from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from dalle1.tokenizers.text_file import load_text_tokenizer
 from dalle1.training.allocator import keep_freed_memory
-from dalle1.training.callbacks import LAST, AtomicCheckpointIO, LastCheckpoint, RunProgress, newest_whole
+from dalle1.training.checkpoints import LAST, LastCheckpoint, newest_whole
 from dalle1.training.clip_module import CLIPModule
 from dalle1.training.data_report import report_findings
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
@@ -50,6 +47,7 @@ from dalle1.training.stage_module import StageModule
 from dalle1.training.stop_signals import RunStoppedError, StopSignals
 from dalle1.training.tokenizer_stage import train_tokenizer
 from dalle1.training.tokens_stage import TokensConfig, build_fabric, encode_data
+from dalle1.training.trainer import build_trainer, ctrl_c_stays_itself
 from dalle1.training.transformer_module import ComputeConfig, TransformerModule, TransformerOptimConfig
 
 logger = logging.getLogger(__name__)
@@ -281,7 +279,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     data.prepare_data()
     data.setup("fit")
     stopper = StopSignals()
-    trainer = _build_trainer(cfg, module, run_dir, stopper)
+    trainer = build_trainer(cfg, module, run_dir, stopper)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if trainer.is_global_zero:
@@ -290,7 +288,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         for each in trainer.loggers:
             if isinstance(each, WandbLogger):
                 begin_wandb_run(each, run_dir, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
-    with _ctrl_c_stays_itself():
+    with ctrl_c_stays_itself():
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         savers = [each for each in trainer.callbacks if isinstance(each, LastCheckpoint)]  # type: ignore[attr-defined]
         if all(each.last_saved != trainer.global_step for each in savers):
@@ -321,17 +319,6 @@ def _check_tokens_can_be_cached(config: DataConfig) -> None:
         )
 
 
-@contextmanager
-def _ctrl_c_stays_itself() -> Iterator[None]:
-    """Lightning turns Ctrl-C into exit code 1; turn it back."""
-    try:
-        yield
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-
-
 def _check_same_run(checkpoint: Path, content: dict[str, Any], module: StageModule) -> int:
     """Step of an earlier run's checkpoint. Raises: ValueError if this run would train something else."""
     saved, wanted = content[RECORD_KEY], module.record
@@ -357,56 +344,6 @@ def _differing(before: Any, now: Any) -> str:
         return f"{before}, not {now}" if before is not None else f"not {now}"
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return "; ".join(f"{name}: {before.get(name)}, not {now.get(name)}" for name in names)
-
-
-def check_precision(precision: str, optim: OptimConfig) -> None:
-    """Raise ValueError unless networks can be trained with `trainer.precision`."""
-    if precision.startswith("16") or precision == "bf16-true":
-        raise ValueError(
-            f"trainer.precision must be 32-true or bf16-mixed, got {precision}: fp16 needs a loss scale, which "
-            "clipping here does not know, and averages and logits need weights in fp32"
-        )
-    has_scales = isinstance(optim, TransformerOptimConfig) and optim.resblock_gradient_scaling
-    if has_scales and precision not in ("", "32", "32-true"):
-        raise ValueError(
-            "trainer.precision must be 32-true with optim.resblock_gradient_scaling, which brings its own fp16, "
-            f"got {precision}"
-        )
-
-
-def _build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, stopper: StopSignals) -> pl.Trainer:
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # Decoding in the training process is a choice of the configuration, not an oversight.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Steps are counted over epochs, so a short epoch is logged too.
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    arguments = instantiate(cfg.trainer, _convert_="all")
-    check_precision(str(arguments.get("precision", "")), module.optim)
-    if arguments.get("val_check_interval") == 0:
-        raise ValueError("trainer.val_check_interval must be >= 1 update, got 0")
-    callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
-    if arguments.get("enable_progress_bar") is False:
-        callbacks = [each for each in callbacks if not isinstance(each, RunProgress)]
-    try:
-        return pl.Trainer(
-            **arguments,
-            max_steps=module.optim.max_steps,
-            max_epochs=-1,
-            # Steps, not epochs, count: data sets may be small or endless.
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            logger=list(instantiate(cfg.logger, _convert_="all").values()),
-            callbacks=[*callbacks, stopper],
-            plugins=[AtomicCheckpointIO()],
-            enable_checkpointing=False,
-            default_root_dir=run_dir,
-            enable_model_summary=False,
-        )
-    except MisconfigurationException as error:
-        raise ValueError(f"trainer options must fit this machine and each other: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
