@@ -43,6 +43,7 @@ from dalle1.training.data_report import report_findings
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
+from dalle1.training.ranks import Agreement, finish_ranks
 from dalle1.training.stage_module import StageModule
 from dalle1.training.stop_signals import RunStoppedError, StopSignals
 from dalle1.training.tokenizer_stage import train_tokenizer
@@ -263,7 +264,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         module.options["data"] |= {name: decided[name] for name in (*names, "crops", "samples_sha256")}
     elif isinstance(module, TransformerModule) and module.optim.cache_image_tokens:
         _check_tokens_can_be_cached(data.config)
-    checkpoint, start = run_dir / CHECKPOINT, None
+    checkpoint, start, step = run_dir / CHECKPOINT, None, 0
     if found := newest_whole(checkpoint.parent):
         start, step = found[0], _check_same_run(*found, module)
         del found  # its content is as large as the model and its optimizer
@@ -279,7 +280,8 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     data.prepare_data()
     data.setup("fit")
     stopper = StopSignals()
-    trainer = build_trainer(cfg, module, run_dir, stopper)
+    found_there = "none" if start is None else f"{start.name} of update {step}"
+    trainer = build_trainer(cfg, module, run_dir, [Agreement(cfg, found_there), stopper])
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if trainer.is_global_zero:
@@ -294,6 +296,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         if all(each.last_saved != trainer.global_step for each in savers):
             trainer.save_checkpoint(checkpoint)  # training was made to end early, or nothing was left to train
         if stopper.received is not None:
+            finish_ranks(trainer)
             raise RunStoppedError(
                 f"{stopper.received} has stopped '{os.path.relpath(run_dir)}' after update {trainer.global_step}, "
                 "which is saved; the same command goes on"
@@ -307,6 +310,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         **report_findings(data),
         **{name.replace("val/", ""): value for name, value in metrics.items()},
     }
+    finish_ranks(trainer)
     return summary | ({"alarm": module.alarm} if module.alarm else {})
 
 
