@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 
 from dalle1.atomic_files import atomic
@@ -61,15 +62,25 @@ class LastCheckpoint(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time."""
-        step = trainer.global_step
-        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+        """Save if it is time; where a validation is due, after that, or a run that goes on would leave it out."""
+        if not is_validation_due(trainer):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if it is time; `EMA`, which stands before, has put the trained weights back."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save the state after this update, once; all devices must call this together."""
         if trainer.global_step != self.last_saved:
             self.last_saved = trainer.global_step
+            for each in trainer.loggers:  # what they hold back would be missing where the run goes on from here
+                each.save()
             trainer.save_checkpoint(self.path)
             if trainer.is_global_zero:
                 self._keep(trainer.global_step)
@@ -86,6 +97,13 @@ class LastCheckpoint(pl.Callback):
         for old in earlier_checkpoints(self.path.parent)[self._keep_last :]:
             if not self._keep_every or _step_of(old) % self._keep_every:
                 old.unlink(missing_ok=True)
+
+
+def is_validation_due(trainer: pl.Trainer) -> bool:
+    """Whether Lightning will validate right after this batch."""
+    loops = trainer.fit_loop
+    assert loops._data_fetcher is not None, "a batch has come from it"
+    return loops.epoch_loop._should_check_val_fx(loops._data_fetcher)
 
 
 def _check_sums(path: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -290,21 +291,23 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         for each in trainer.loggers:
             if isinstance(each, WandbLogger):
                 begin_wandb_run(each, run_dir, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
-    with ctrl_c_stays_itself():
+    with ctrl_c_stays_itself(), stopper, suppress(RunStoppedError):
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         savers = [each for each in trainer.callbacks if isinstance(each, LastCheckpoint)]  # type: ignore[attr-defined]
         if all(each.last_saved != trainer.global_step for each in savers):
             trainer.save_checkpoint(checkpoint)  # training was made to end early, or nothing was left to train
-        if stopper.received is not None:
-            finish_ranks(trainer)
-            raise RunStoppedError(
-                f"{stopper.received} has stopped '{os.path.relpath(run_dir)}' after update {trainer.global_step}, "
-                "which is saved; the same command goes on"
-            )
-        metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+        if stopper.received is None:
+            # What Lightning logs a validation under; of a run that goes on after its last update it is one less.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+    if stopper.received is not None:
+        finish_ranks(trainer)
+        raise RunStoppedError(
+            f"{stopper.received} has stopped '{os.path.relpath(run_dir)}' after update {trainer.global_step}, "
+            "which is saved; the same command goes on"
+        )
     if trainer.is_global_zero:
-        starts = sorted(run_dir.glob("logs/*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
-        save_curves(starts, run_dir / "curves.png")
+        save_curves(run_dir, run_dir / "curves.png")
     summary = {
         "step": trainer.global_step,
         **report_findings(data),

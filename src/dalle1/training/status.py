@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.trainer.states import TrainerFn
 
 from dalle1.run_status import EVERY_SECONDS, RunStatus, State, write_status
+from dalle1.training.stop_signals import RunStoppedError
 
 
 class StatusFile(pl.Callback):
@@ -55,8 +56,8 @@ class StatusFile(pl.Callback):
         self._write(trainer, pl_module, "complete" if trainer.global_step >= trainer.max_steps else "stopped")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """The run ends with an error, or by Ctrl-C."""
-        if isinstance(exception, KeyboardInterrupt):
+        """The run ends with an error, by Ctrl-C, or by a signal during a validation."""
+        if isinstance(exception, KeyboardInterrupt | RunStoppedError):
             self._write(trainer, pl_module, "stopped")
         else:
             self._write(trainer, pl_module, "failed", error=f"{type(exception).__name__}: {exception}")
