@@ -43,7 +43,6 @@ class OptionError(ValueError):
 
 _USAGE_ERRORS = (OptionError, HydraException, OmegaConfBaseException)
 _EXPECTED_ERRORS = (*_USAGE_ERRORS, ValueError, TypeError, OSError)
-EXIT_CODES = (1, 2, 130)  # of a process that has said what is wrong
 
 
 def run_script(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -17,8 +17,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
-
-from dalle1.cli import EXIT_CODES
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 10.0  # in which a process may end by itself
@@ -32,17 +30,24 @@ class RankLauncher(_SubprocessScriptLauncher):
         super()._call_children_scripts()
         threading.Thread(target=self._watch, args=(self.procs,), name="rank-watch", daemon=True).start()
 
+    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Start the processes and call `function`. Raises: what it raises; ChildProcessError if one has ended it."""
+        try:
+            return super().launch(function, *args, **kwargs)
+        except RuntimeError as error:  # what collectives raise where another process is missing
+            time.sleep(_POLL_SECONDS)  # that one may be about to end
+            if dead := _failed(self.procs):
+                raise ChildProcessError(_describe(*dead)) from error
+            raise
+
     def _watch(self, processes: list[subprocess.Popen[bytes]]) -> None:
         while not (dead := _failed(processes)):
             if all(process.returncode == 0 for process in processes):
                 return
             time.sleep(_POLL_SECONDS)
-        rank, code = dead
-        if code not in EXIT_CODES:  # with these a process has said itself what is wrong
-            how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
-            print(f"error: rank {rank} has ended {how}; the others end too", file=sys.stderr, flush=True)
         # This process will fail by itself where the others are missing, or has begun to with the same error.
         time.sleep(_GRACE_SECONDS)
+        print(f"error: {_describe(*dead)}", file=sys.stderr, flush=True)
         for process in processes:
             process.kill()
         os._exit(1)
@@ -65,6 +70,11 @@ def _failed(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
     return None
 
 
+def _describe(rank: int, code: int) -> str:
+    how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
+    return f"all ranks must go on together, rank {rank} has ended {how}; what it has said is above"
+
+
 class DDP(DDPStrategy):
     """Every device has the whole model; gradients are averaged (`torch.nn.parallel.DistributedDataParallel`)."""
 
@@ -81,6 +91,12 @@ class DDP(DDPStrategy):
         if not timeout_minutes > 0:
             raise ValueError(f"trainer.strategy.timeout_minutes must be > 0, got {timeout_minutes}")
         super().__init__(timeout=timedelta(minutes=timeout_minutes), **kwargs)
+
+    def setup_environment(self) -> None:
+        """Find the other processes; NCCL keeps its last collectives in mind, to tell them if one takes too long."""
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        super().setup_environment()
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None, "Lightning has chosen one"

@@ -116,7 +116,9 @@ def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         metrics = _train_network(cfg, data, module, run_dir)
         earlier_seconds = module.earlier_seconds
     if metrics is None:
-        logger.info("'%s' is complete; nothing to do (another name= starts anew)", os.path.relpath(run_dir))
+        rank_zero_only(logger.info)(
+            "'%s' is complete; nothing to do (another name= starts anew)", os.path.relpath(run_dir)
+        )
         return _read_json(run_dir / SUMMARY)
     seconds = earlier_seconds + time.monotonic() - started
     summary = {"stage": stage, "wall_seconds": round(seconds, 1), **metrics}
@@ -276,7 +278,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
                 f"optim.max_steps must be at least {step}, where '{os.path.relpath(run_dir)}' was interrupted, got "
                 f"{module.optim.max_steps}; leave it as it was, or choose another name="
             )
-        logger.info("continuing '%s' from step %d", os.path.relpath(run_dir), step)
+        rank_zero_only(logger.info)("continuing '%s' from step %d", os.path.relpath(run_dir), step)
     # All input is checked before the first file is written.
     data.prepare_data()
     data.setup("fit")

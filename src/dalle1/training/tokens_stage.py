@@ -278,6 +278,7 @@ class _Encoder:
 
 
 def build_fabric(arguments: dict[str, Any]) -> Fabric:
-    """Devices as the trainer's options name them."""
-    names = ("accelerator", "devices", "num_nodes", "strategy")
-    return Fabric(**{name: arguments[name] for name in names if name in arguments})
+    """Devices as the trainer's options name them; they exchange nothing, so each strategy is one process a device."""
+    names = ("accelerator", "devices", "num_nodes")
+    strategy = "ddp" if "strategy" in arguments else "auto"
+    return Fabric(strategy=strategy, **{name: arguments[name] for name in names if name in arguments})
