@@ -115,7 +115,7 @@ class DVAEModule(StageModule):
             kl = 0.0 * torch.stack([weight.sum() for weight in idle]).sum().expand(len(image), 1, 1)
         else:
             parameters, kl = self.model.relaxed(
-                image, temperature=self.optim.temperature(step), generator=self.step_generator()
+                image, temperature=self.optim.temperature(step), generator=self.sample_generators(len(image))
             )
         nll = logit_laplace_nll(map_pixels(image), parameters, min_log_scale=self.optim.min_log_scale)
         loss = negative_elbo(nll, kl, kl_weight=self.optim.kl_weight_at(step))
@@ -150,7 +150,8 @@ class DVAEModule(StageModule):
         tokens = self.model.encode(image)
         hard = self._decode_hard(tokens)
         temperature, kl_weight = self.optim.temperature(self.global_step), self.optim.kl_weight_at(self.global_step)
-        relaxed, kl = self.model.relaxed(image, temperature=temperature, generator=self.step_generator(batch_idx))
+        noise = self.sample_generators(len(image), batch_idx)
+        relaxed, kl = self.model.relaxed(image, temperature=temperature, generator=noise)
         nll = self._nll(image, relaxed)
         values = _losses(image, hard, self._nll(image, hard)) | _losses(image, relaxed, nll, prefix="relaxed_")
         if min(image.shape[-2:]) >= SSIM_SMALLEST_SIDE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,12 +23,9 @@ from dalle1.training.optim import OptimConfig, build_optimizer, clip_variance
 from dalle1.training.plateau import PlateauHalving
 
 
-def step_seed(seed: int, rank: int, step: int, *batch: int, part: int = 0) -> int:
-    """Seed of one update on one rank, in [0, 2^32): PyTorch's CPU generator uses no more than 32 bits.
-
-    With the number of a validation `batch`, its seed after that update; `part` counts the batches whose gradients one
-    update accumulates."""
-    text = "|".join(str(number) for number in (seed, rank, step, *batch)) + (f"|part{part}" if part else "")
+def derive_seed(*numbers: int | str) -> int:
+    """A seed of its own for each list of numbers, in [0, 2^32): PyTorch's CPU generator uses no more than 32 bits."""
+    text = "|".join(map(str, numbers))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
@@ -155,14 +153,23 @@ class StageModule(pl.LightningModule):
         """Pictures, by their names, of what the network does with validation samples; drawn after each validation."""
         return {}
 
-    def step_generator(self, *batch: int) -> torch.Generator:
-        """Randomness of a batch of this update on this rank: a function of its place, so resuming needs no state.
+    def sample_generators(self, n_samples: int, validation_batch: int | None = None) -> list[torch.Generator]:
+        """Randomness of each sample of this batch: a function of the update and of the sample's place in it.
 
-        With the number of a validation `batch`, that of this batch."""
-        generator = torch.Generator(self.device)
-        part = 0 if batch else self.part
-        generator.manual_seed(step_seed(self.seed, self.global_rank, self.global_step, *batch, part=part))
-        return generator
+        So resuming needs no state, and the same samples get the same numbers on any number of devices, or in several
+        batches whose gradients are added up. In validation the place is that in the data set.
+        """
+        rank, world = self.global_rank, 1 if self._trainer is None else self.trainer.world_size
+        if validation_batch is None:
+            first = (self.part * world + rank) * n_samples
+            places: Iterable[int] = range(first, first + n_samples)
+            seeds = [derive_seed(self.seed, self.global_step, place) for place in places]
+        else:
+            # All batches but the last are of this size; see `data.loader.validation_loader`.
+            first = validation_batch * self.optim.batch_size
+            places = (rank + world * number for number in range(first, first + n_samples))
+            seeds = [derive_seed(self.seed, self.global_step, place, "val") for place in places]
+        return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
     def log_means(self, split: str, values: dict[str, Tensor | float], batch_size: int) -> None:
         """Log values as `split/name`: means over the set and over ranks in validation, of one batch in training."""
