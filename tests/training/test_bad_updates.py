@@ -173,7 +173,7 @@ def test_too_many_end_the_run_over_resumes_and_returns_too(train: Train, tmp_pat
         train(tmp_path, "dvae", POISON, "+callbacks.poison.step=7", few)
 
 
-def test_two_devices_decide_together_and_return_together(tmp_path: Path, shapes: Path) -> None:
+def test_two_devices_decide_return_and_miss_a_checkpoint_together(tmp_path: Path, shapes: Path) -> None:
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "training")])
     options = [
         *("stage=dvae", "image_size=16", "grid_size=4", "image_vocab_size=16", "trainer.accelerator=cpu"),
@@ -186,6 +186,8 @@ def test_two_devices_decide_together_and_return_together(tmp_path: Path, shapes:
         ),
         *(f"data.val={shapes}/val-*.tar", "trainer=ddp", "trainer.devices=2", "callbacks.checkpoint.every_n_steps=2"),
         *("callbacks.bad_updates.action=return", POISON, "+callbacks.poison.step=3", "+callbacks.poison.rank=1"),
+        # The newest checkpoint when update 4 is bad is that of update 2.
+        *("+callbacks.full._target_=full_disk.FullDisk", "+callbacks.full.step=3", "~callbacks.pictures"),
     ]
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *options, f"run_dir={tmp_path}/dvae"],
@@ -195,7 +197,9 @@ def test_two_devices_decide_together_and_return_together(tmp_path: Path, shapes:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    assert "last.ckpt' could not be written: the disk is full" in done.stdout
     assert "update 4 is bad: its loss is nan" in done.stdout
+    assert "; going back to update 2; its samples: on device 0 " in done.stdout
     (line,) = log_of(tmp_path)
     assert [len(keys) for keys in line["keys"]] == [4, 4]
     assert len({key for keys in line["keys"] for key in keys}) == 8

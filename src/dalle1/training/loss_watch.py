@@ -10,8 +10,8 @@ class LossWatch:
     """Compares each loss with those of the last `window` good updates, without a word until it has seen so many.
 
     A loss has exploded if it exceeds their mean by more than `threshold` of their standard deviations. That holds for
-    losses of any size and sign; one that falls or rises steadily through the window is
-    hardly more than sqrt(3) deviations above its mean.
+    losses of any size and sign; one that rises steadily through the window is hardly more than sqrt(3) deviations above
+    its mean.
     """
 
     def __init__(self, *, window: int, threshold: float | None) -> None:
