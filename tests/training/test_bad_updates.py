@@ -24,7 +24,8 @@ from dalle1.training.stage_module import StageModule
 
 ROOT = Path(__file__).parents[2]
 POISON = "+callbacks.poison._target_=poison.Poison"
-RETURN = ("callbacks.bad_updates.action=return", "optim.max_steps=8")
+QUICK = "~callbacks.pictures"
+RETURN = ("callbacks.bad_updates.action=return", QUICK)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def test_skipped_update_is_one_without_a_gradient(
         for earlier in ("tokenizer", "dvae"):
             if earlier != stage:
                 shutil.copytree(trained / earlier, tmp_path / run / earlier)
-    summary = train(tmp_path / "poisoned", stage, POISON, "+callbacks.poison.step=5")
+    summary = train(tmp_path / "poisoned", stage, QUICK, POISON, "+callbacks.poison.step=5")
     assert summary["bad_updates"] == 1
     (line,) = log_of(tmp_path / "poisoned", stage)
     assert (line["update"], line["loss"], line["grad_norm"]) == (6, None, None)
@@ -71,7 +72,7 @@ def test_skipped_update_is_one_without_a_gradient(
             optimizer.zero_grad(set_to_none=True)
 
     monkeypatch.setattr(StageModule, "configure_gradient_clipping", without_gradient)
-    assert "bad_updates" not in train(tmp_path / "reference", stage)
+    assert "bad_updates" not in train(tmp_path / "reference", stage, QUICK)
     assert_same_state(last(tmp_path / "poisoned", stage), last(tmp_path / "reference", stage))
 
 
@@ -79,7 +80,7 @@ def test_all_batches_of_an_accumulated_update_are_named(
     train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     where = ("+callbacks.poison.step=2", "+callbacks.poison.part=1", "optim.max_steps=4")
-    train(tmp_path, "dvae", "+trainer.accumulate_grad_batches=2", "callbacks.bad_updates.loss_window=2", POISON, *where)
+    train(tmp_path, "dvae", "+trainer.accumulate_grad_batches=2", QUICK, POISON, *where)
     keys = [key for step, batch in poison.BATCHES if step == 2 for key in batch]
     assert len(keys) == 8
     assert log_of(tmp_path)[0]["keys"] == [keys]
@@ -92,7 +93,7 @@ def test_all_batches_of_an_accumulated_update_are_named(
 def test_exploding_loss_is_skipped_although_it_is_finite(train: Train, tmp_path: Path) -> None:
     explode = (POISON, "+callbacks.poison.step=6", "+callbacks.poison.factor=100")
     watch = ("callbacks.bad_updates.loss_window=3", "optim.codebook_start_step=0")
-    assert train(tmp_path, "dvae", *explode, *watch)["bad_updates"] == 1
+    assert train(tmp_path, "dvae", *explode, *watch, QUICK)["bad_updates"] == 1
     (line,) = log_of(tmp_path)
     assert line["update"] == 7
     assert "deviations above that of the last 3 updates" in line["why"]
@@ -103,7 +104,7 @@ def test_exploding_loss_is_skipped_although_it_is_finite(train: Train, tmp_path:
 def test_return_goes_on_from_the_checkpoint_with_the_data_after_the_bad_update(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tmp_path / "healthy", "dvae", POISON, "optim.max_steps=10", "optim.decay_steps=8")
+    train(tmp_path / "healthy", "dvae", POISON, QUICK, "optim.max_steps=10")
     healthy = list(poison.BATCHES)
     poison.BATCHES.clear()
     bad = (*RETURN, POISON, "+callbacks.poison.step=5")
@@ -132,7 +133,7 @@ def test_return_goes_on_from_the_checkpoint_with_the_data_after_the_bad_update(
     assert loader["samples_handed_out"] == 16
     loader["samples_handed_out"] = 24
     torch.save(content, last(tmp_path / "hand", "dvae"))
-    train(tmp_path / "hand", "dvae")
+    train(tmp_path / "hand", "dvae", QUICK)
     assert_same_state(last(tmp_path / "whole", "dvae"), last(tmp_path / "hand", "dvae"))
 
 
@@ -148,7 +149,7 @@ def test_stop_ends_the_run_with_a_good_checkpoint(train: Train, tmp_path: Path) 
         ValueError,
         match=r"must have a finite loss and gradient, but update 6 is bad: its loss is nan .* checkpoint is good",
     ):
-        train(tmp_path, "dvae", *stop)
+        train(tmp_path, "dvae", *stop, QUICK)
     content = read_checkpoint(last(tmp_path, "dvae"))
     assert content["global_step"] == 4
     assert all(tensor.isfinite().all() for tensor in content["state_dict"].values())
@@ -163,14 +164,14 @@ def test_too_many_end_the_run_over_resumes_and_returns_too(train: Train, tmp_pat
         with pytest.raises(
             ValueError, match=r"at most 2 of the last 1000 updates may be bad .* got 3, and update 5 is bad"
         ):
-            train(tmp_path, "dvae", *bad, few)
+            train(tmp_path, "dvae", *bad, few, QUICK)
         return
     # One in each start.
     for step, steps in ((2, 5), (6, 7)):
-        train(tmp_path, "dvae", POISON, f"+callbacks.poison.step={step}", few, f"optim.max_steps={steps}")
+        train(tmp_path, "dvae", QUICK, POISON, f"+callbacks.poison.step={step}", few, f"optim.max_steps={steps}")
         poison.BATCHES.clear()
     with pytest.raises(ValueError, match=r"at most 2 of the last 1000 .* got 3, and update 8 is bad"):
-        train(tmp_path, "dvae", POISON, "+callbacks.poison.step=7", few)
+        train(tmp_path, "dvae", QUICK, POISON, "+callbacks.poison.step=7", few)
 
 
 def test_two_devices_decide_return_and_miss_a_checkpoint_together(tmp_path: Path, shapes: Path) -> None:
@@ -184,7 +185,7 @@ def test_two_devices_decide_return_and_miss_a_checkpoint_together(tmp_path: Path
             "data.recipe=null",
             f"data.train={shapes}/train-*.tar",
         ),
-        *(f"data.val={shapes}/val-*.tar", "trainer=ddp", "trainer.devices=2", "callbacks.checkpoint.every_n_steps=2"),
+        *(f"data.val={shapes}/val-*.tar", "trainer=ddp", "trainer.devices=2", "callbacks.checkpoint.every_n_steps=1"),
         *("callbacks.bad_updates.action=return", POISON, "+callbacks.poison.step=3", "+callbacks.poison.rank=1"),
         # The newest checkpoint when update 4 is bad is that of update 2.
         *("+callbacks.full._target_=full_disk.FullDisk", "+callbacks.full.step=3", "~callbacks.pictures"),
