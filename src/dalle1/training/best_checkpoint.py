@@ -77,6 +77,8 @@ class BestCheckpoint(pl.Callback):
         for saver in savers:
             if not is_at_end and saver.is_due(trainer):
                 saver.save(trainer)
+                if saver.last_saved != trainer.global_step:
+                    return False
         if is_at_end or any(saver.last_saved == trainer.global_step for saver in savers):
             rank_zero_only(self._link)(path)
         elif failure := save_if_possible(trainer, path):

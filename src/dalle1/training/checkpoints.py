@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 
 from dalle1.atomic_files import atomic
@@ -72,6 +73,7 @@ class LastCheckpoint(pl.Callback):
         self.path = Path(directory) / LAST
         self.every_n_steps = every_n_steps
         self.last_saved = 0  # update after which this start saved last
+        self._failed_at = 0  # update after which the disk was full
         self._keep_last = keep_last
         self._keep_every = keep_every_n_steps
         self._stops_if_full = on_disk_full == "stop"
@@ -79,7 +81,16 @@ class LastCheckpoint(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time."""
+        """Save if it is time; where a validation is due, after that, or a run that goes on would leave it out."""
+        if not is_validation_due(trainer):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if it is time; `EMA`, which stands before, has put the trained weights back."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
         if self.is_due(trainer):
             self.save(trainer)
 
@@ -93,9 +104,12 @@ class LastCheckpoint(pl.Callback):
 
         Raises: OSError on all devices if the disk is full and that is to stop the run.
         """
-        if trainer.global_step == self.last_saved:
+        if trainer.global_step in (self.last_saved, self._failed_at):
             return
+        for each in trainer.loggers:  # what they hold back would be missing where the run goes on from here
+            each.save()
         if failure := save_if_possible(trainer, self.path):
+            self._failed_at = trainer.global_step
             self.tell_failure(failure)
             return
         self.last_saved = trainer.global_step
@@ -127,6 +141,13 @@ def link(path: Path, name: Path) -> None:
             os.link(path, temporary)
         except OSError:  # not every file system has links
             shutil.copyfile(path, temporary)
+
+
+def is_validation_due(trainer: pl.Trainer) -> bool:
+    """Whether Lightning will validate right after this batch."""
+    loops = trainer.fit_loop
+    assert loops._data_fetcher is not None, "a batch has come from it"
+    return loops.epoch_loop._should_check_val_fx(loops._data_fetcher)
 
 
 def _check_sums(path: Path) -> None:

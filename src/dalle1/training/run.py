@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -47,6 +48,7 @@ from dalle1.training.disk_full import save_or_fail
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
+from dalle1.training.ranks import Agreement, finish_ranks
 from dalle1.training.stage_module import StageModule
 from dalle1.training.stop_signals import RunStoppedError, StopSignals
 from dalle1.training.tokenizer_stage import train_tokenizer
@@ -273,7 +275,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         module.options["data"] |= {name: decided[name] for name in (*names, "crops", "samples_sha256")}
     elif isinstance(module, TransformerModule) and module.optim.cache_image_tokens:
         _check_tokens_can_be_cached(data.config)
-    checkpoint, start = run_dir / CHECKPOINT, None
+    checkpoint, start, step = run_dir / CHECKPOINT, None, 0
     if found := newest_whole(checkpoint.parent):
         start, step = found[0], _check_same_run(*found, module)
         del found  # its content is as large as the model and its optimizer
@@ -289,7 +291,8 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     data.prepare_data()
     data.setup("fit")
     stopper = StopSignals()
-    trainer = build_trainer(cfg, module, run_dir, stopper)
+    found_there = "none" if start is None else f"{start.name} of update {step}"
+    trainer = build_trainer(cfg, module, run_dir, [Agreement(cfg, found_there), stopper])
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if trainer.is_global_zero:
@@ -298,21 +301,24 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         for each in trainer.loggers:
             if isinstance(each, WandbLogger):
                 begin_wandb_run(each, run_dir, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
-    with ctrl_c_stays_itself():
+    with ctrl_c_stays_itself(), stopper, suppress(RunStoppedError):
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         savers = [each for each in trainer.callbacks if isinstance(each, LastCheckpoint)]  # type: ignore[attr-defined]
         if all(each.last_saved != trainer.global_step for each in savers):
             # Training was made to end early, nothing was left to train, or the disk was full.
             save_or_fail(trainer, checkpoint)
-        if stopper.received is not None:
-            raise RunStoppedError(
-                f"{stopper.received} has stopped '{os.path.relpath(run_dir)}' after update {trainer.global_step}, "
-                "which is saved; the same command goes on"
-            )
-        metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+        if stopper.received is None:
+            # What Lightning logs a validation under; of a run that goes on after its last update it is one less.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+    if stopper.received is not None:
+        finish_ranks(trainer)
+        raise RunStoppedError(
+            f"{stopper.received} has stopped '{os.path.relpath(run_dir)}' after update {trainer.global_step}, "
+            "which is saved; the same command goes on"
+        )
     if trainer.is_global_zero:
-        starts = sorted(run_dir.glob("logs/*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
-        save_curves(starts, run_dir / "curves.png")
+        save_curves(run_dir, run_dir / "curves.png")
     summary = {
         "step": trainer.global_step,
         **report_findings(data),
@@ -320,6 +326,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     }
     for each in trainer.callbacks:  # type: ignore[attr-defined]
         summary |= each.summary if isinstance(each, BestCheckpoint | BadUpdates) else {}
+    finish_ranks(trainer)
     return summary | ({"alarm": module.alarm} if module.alarm else {})
 
 

@@ -16,6 +16,7 @@ from dalle1.run_status import EVERY_SECONDS, STATUS, RunStatus, State, write_sta
 from dalle1.training.bad_updates import ReturnToCheckpointError
 from dalle1.training.best_checkpoint import BestCheckpoint
 from dalle1.training.disk_full import going_on_if_disk_is_full
+from dalle1.training.stop_signals import RunStoppedError
 
 
 class StatusFile(pl.Callback):
@@ -59,8 +60,8 @@ class StatusFile(pl.Callback):
         self._write(trainer, pl_module, "complete" if trainer.global_step >= trainer.max_steps else "stopped")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """The run ends with an error, or by Ctrl-C."""
-        if isinstance(exception, KeyboardInterrupt):
+        """The run ends with an error, by Ctrl-C, or by a signal during a validation."""
+        if isinstance(exception, KeyboardInterrupt | RunStoppedError):
             self._write(trainer, pl_module, "stopped")
         elif not isinstance(exception, ReturnToCheckpointError):
             self._write(trainer, pl_module, "failed", error=f"{type(exception).__name__}: {exception}")

@@ -17,7 +17,6 @@ from dalle1.training.callbacks import RunProgress
 from dalle1.training.checkpoints import AtomicCheckpointIO
 from dalle1.training.optim import OptimConfig
 from dalle1.training.stage_module import StageModule
-from dalle1.training.stop_signals import StopSignals
 from dalle1.training.transformer_module import TransformerOptimConfig
 
 
@@ -36,8 +35,8 @@ def check_precision(precision: str, optim: OptimConfig) -> None:
         )
 
 
-def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, stopper: StopSignals) -> pl.Trainer:
-    """Lightning's trainer, as the groups trainer, callbacks and logger describe it.
+def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, extra: list[pl.Callback]) -> pl.Trainer:
+    """Lightning's trainer, as the groups trainer, callbacks and logger describe it; `extra` come after their callbacks.
 
     Raises: ValueError if an option does not fit this machine, the network or another option.
     """
@@ -65,7 +64,7 @@ def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, stopper: 
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             logger=list(instantiate(cfg.logger, _convert_="all").values()),
-            callbacks=[*callbacks, stopper],
+            callbacks=[*callbacks, *extra],
             plugins=[AtomicCheckpointIO()],
             enable_checkpointing=False,
             default_root_dir=run_dir,
