@@ -7,8 +7,9 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-# (updates done, keys of the batch) of every training batch that this process has made; tests clear it.
+# Of every training batch that this process has made (updates done before it, its keys), and its loss; tests clear them.
 BATCHES: list[tuple[int, list[str]]] = []
+LOSSES: list[float] = []
 
 
 class Poison(pl.Callback):
@@ -33,7 +34,8 @@ class Poison(pl.Callback):
             is_hit = (trainer.global_step, pl_module.part) == self._place and trainer.global_rank == self._rank
             n_made = sum(step == trainer.global_step for step, _ in BATCHES)
             if is_hit and n_made <= self._times + pl_module.part:
-                return loss * self._factor
+                loss = loss * self._factor
+            LOSSES.append(float(loss.detach()))
             return loss
 
         pl_module.training_step = training_step

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,10 @@ RETURN = ("callbacks.bad_updates.action=return", QUICK)
 
 
 @pytest.fixture(autouse=True)
-def _no_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dalle1.training.run.save_curves", lambda *_: None)  # which take as long as the training
-    poison.BATCHES.clear()
-    yield
-    poison.BATCHES.clear()
+    for seen in (poison.BATCHES, poison.LOSSES):
+        seen.clear()
 
 
 def log_of(results: Path, stage: str = "dvae") -> list[dict[str, Any]]:
@@ -76,29 +74,31 @@ def test_skipped_update_is_one_without_a_gradient(
     assert_same_state(last(tmp_path / "poisoned", stage), last(tmp_path / "reference", stage))
 
 
-def test_all_batches_of_an_accumulated_update_are_named(
+def test_exploding_loss_of_several_batches_is_skipped_and_all_of_them_named(
     train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    where = ("+callbacks.poison.step=2", "+callbacks.poison.part=1", "optim.max_steps=4")
-    train(tmp_path, "dvae", "+trainer.accumulate_grad_batches=2", QUICK, POISON, *where)
-    keys = [key for step, batch in poison.BATCHES if step == 2 for key in batch]
-    assert len(keys) == 8
-    assert log_of(tmp_path)[0]["keys"] == [keys]
-    (line,) = [message for message in caplog.messages if "is bad" in message]
-    assert line == (
-        f"update 3 is bad: its loss is nan (loss nan, gradient norm nan); skipped; its samples: {', '.join(keys)}"
-    )
-
-
-def test_exploding_loss_is_skipped_although_it_is_finite(train: Train, tmp_path: Path) -> None:
-    explode = (POISON, "+callbacks.poison.step=6", "+callbacks.poison.factor=100")
-    watch = ("callbacks.bad_updates.loss_window=3", "optim.codebook_start_step=0")
-    assert train(tmp_path, "dvae", *explode, *watch, QUICK)["bad_updates"] == 1
+    # The second of two batches, of an update that would be made otherwise: all numbers are finite.
+    where = ("+callbacks.poison.step=3", "+callbacks.poison.part=1", "+callbacks.poison.factor=100")
+    watch = ("callbacks.bad_updates.loss_window=3", "optim.codebook_start_step=0", "optim.max_steps=5")
+    options = ("+trainer.accumulate_grad_batches=2", "trainer.val_check_interval=20", QUICK, POISON)
+    assert train(tmp_path, "dvae", *options, *where, *watch)["bad_updates"] == 1
     (line,) = log_of(tmp_path)
-    assert line["update"] == 7
+    assert line["update"] == 4
+    keys = [key for step, batch in poison.BATCHES if step == 3 for key in batch]
+    assert len(keys) == 8
+    assert line["keys"] == [keys]
+    assert line["loss"] == pytest.approx((poison.LOSSES[6] + poison.LOSSES[7]) / 2)
     assert "deviations above that of the last 3 updates" in line["why"]
-    assert math.isfinite(line["loss"])
     assert math.isfinite(line["grad_norm"])
+    (said,) = [message for message in caplog.messages if "is bad" in message]
+    assert said.startswith("update 4 is bad: its loss is ")
+    assert said.endswith(f"; skipped; its samples: {', '.join(keys)}")
+
+
+def test_no_loss_is_compared_with_those_before_the_codes_began(trained: Path) -> None:
+    for step, n_since in ((4, 1), (8, 5)):
+        content = read_checkpoint(last(trained, "dvae").with_name(f"step000000{step}.ckpt"))
+        assert len(content["callbacks"]["BadUpdates"]["losses"]) == n_since
 
 
 def test_return_goes_on_from_the_checkpoint_with_the_data_after_the_bad_update(
@@ -125,6 +125,8 @@ def test_return_goes_on_from_the_checkpoint_with_the_data_after_the_bad_update(
             train(tmp_path / "resumed", "dvae", *bad)
     assert train(tmp_path / "resumed", "dvae", *RETURN)["bad_updates"] == 1
     assert_same_state(last(tmp_path / "whole", "dvae"), last(tmp_path / "resumed", "dvae"))
+    states = [read_checkpoint(last(tmp_path / run, "dvae"))["callbacks"] for run in ("whole", "resumed")]
+    assert states[0] == states[1]
 
     # And by hand: a checkpoint of update 4 whose place in the data is that of update 6.
     (tmp_path / "hand" / "dvae" / "checkpoints").mkdir(parents=True)
@@ -135,6 +137,17 @@ def test_return_goes_on_from_the_checkpoint_with_the_data_after_the_bad_update(
     torch.save(content, last(tmp_path / "hand", "dvae"))
     train(tmp_path / "hand", "dvae", QUICK)
     assert_same_state(last(tmp_path / "whole", "dvae"), last(tmp_path / "hand", "dvae"))
+
+
+def test_return_in_a_stream_goes_on_after_the_shards_that_were_done(train: Train, tmp_path: Path) -> None:
+    # Its one shard of 40 samples has been read once by update 11, and 12 to 16 do not get to its end again.
+    stream = ("data.backend=stream", "data.stream_buffer=1", "data.cache_images=false", "+trainer.limit_val_batches=1")
+    bad = (POISON, "+callbacks.poison.step=11", "callbacks.checkpoint.keep_last=9")
+    train(tmp_path, "dvae", *RETURN, *stream, *bad, "optim.max_steps=12")
+    for step, n_done in ((8, 0), (12, 1)):
+        content = read_checkpoint(last(tmp_path, "dvae").with_name(f"step{step:07d}.ckpt"))
+        (loader,) = content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+        assert loader["visits"]["all_below"] == n_done
 
 
 def test_before_the_first_checkpoint_return_skips(train: Train, tmp_path: Path) -> None:

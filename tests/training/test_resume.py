@@ -51,6 +51,7 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(
     assert timeless(summary) == timeless(json.loads((trained / stage / "summary.json").read_text()))
     whole, resumed = read_checkpoint(last(trained, stage)), read_checkpoint(last(tmp_path, stage))
     assert resumed["global_step"] == whole["global_step"] == 8
+    assert resumed["callbacks"] == whole["callbacks"]
     for part in ("state_dict", "ema"):
         assert weights_sha256(resumed[part]) == weights_sha256(whole[part])
     for mine, other in zip(resumed["optimizer_states"], whole["optimizer_states"], strict=True):

@@ -193,7 +193,9 @@ class BadUpdates(pl.Callback):
                 "position": {name: state[name] for name in _POSITION if name in state},
                 "callbacks": {each.state_key: each.state_dict() for each in memory},
             }
-            write_json(self._directory / "checkpoints" / RETURN, content)
+            path = self._directory / "checkpoints" / RETURN
+            with going_on_if_disk_is_full(path):  # without, the same data come again, and at last an error
+                write_json(path, content)
         trainer.strategy.barrier("return")
 
     def on_load_checkpoint(
