@@ -74,6 +74,18 @@ def test_skipped_update_is_one_without_a_gradient(
     assert_same_state(last(tmp_path / "poisoned", stage), last(tmp_path / "reference", stage))
 
 
+def test_nan_is_a_bad_update_and_no_overflow_of_scaled_resblocks(train: Train, trained: Path, tmp_path: Path) -> None:
+    for earlier in ("tokenizer", "dvae"):
+        shutil.copytree(trained / earlier, tmp_path / earlier)
+    options = ("optim.resblock_gradient_scaling=true", QUICK, POISON, "+callbacks.poison.step=5")
+    assert train(tmp_path, "transformer", *options)["bad_updates"] == 1
+    content = read_checkpoint(last(tmp_path, "transformer"))
+    assert content["global_step"] == 8
+    assert all(tensor.isfinite().all() for tensor in content["state_dict"].values())
+    # The seven losses of the updates that were made.
+    assert len(content["callbacks"]["BadUpdates"]["losses"]) == 7
+
+
 def test_exploding_loss_of_several_batches_is_skipped_and_all_of_them_named(
     train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
