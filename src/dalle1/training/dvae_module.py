@@ -92,6 +92,8 @@ class DVAEModule(StageModule):
         if not start or self.global_step != start or self._started_codebook:
             return
         self._started_codebook = True  # further batches may be part of the same update
+        if self.bad_updates is not None:
+            self.bad_updates.forget_losses()
         loader = self.trainer.train_dataloader
         assert loader is not None, "a training batch has come from it"
         # The same on every rank.
@@ -134,6 +136,11 @@ class DVAEModule(StageModule):
         """Whether the network that is validated has its codebook; without, it is a plain autoencoder."""
         start = self.optim.codebook_start_step
         return start == 0 or self.global_step > start
+
+    @property
+    def validates_in_full(self) -> bool:
+        """Whether validation has all its metrics by now: most are of codes."""
+        return self._has_codes
 
     def on_validation_epoch_start(self) -> None:
         """Count codes from zero."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from pytorch_lightning.loggers import WandbLogger
 
+from dalle1.training.bad_updates import ReturnToCheckpointError
 from dalle1.training.stop_signals import RunStoppedError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def wandb_run_ends() -> Iterator[None]:
     try:
         yield
         failed = False
-    except RunStoppedError:  # it goes on later
+    except (RunStoppedError, ReturnToCheckpointError):  # it goes on later
         failed = False
         raise
     finally:

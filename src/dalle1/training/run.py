@@ -7,6 +7,7 @@ Every stage reads the results of earlier ones in `results_dir` and writes its ow
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -38,9 +39,12 @@ from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from dalle1.tokenizers.text_file import load_text_tokenizer
 from dalle1.training.allocator import keep_freed_memory
+from dalle1.training.bad_updates import BadUpdates, ReturnToCheckpointError
+from dalle1.training.best_checkpoint import BestCheckpoint
 from dalle1.training.checkpoints import LAST, LastCheckpoint, newest_whole
 from dalle1.training.clip_module import CLIPModule
 from dalle1.training.data_report import report_findings
+from dalle1.training.disk_full import save_or_fail
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
@@ -74,8 +78,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     run_dir = Path(cfg.run_dir)
     is_new = not run_dir.exists() or not any(run_dir.iterdir())
     try:
-        with wandb_run_ends():
-            return _run_stage(cfg, run_dir)
+        while True:
+            try:
+                with wandb_run_ends():
+                    return _run_stage(cfg, run_dir)
+            except ReturnToCheckpointError:  # a line has said so
+                pass
+            # As a new process would. What is left of the network before must make room first.
+            gc.collect()
     except (ValueError, TypeError, OSError):
         # Bad input, such as a picture that cannot be decoded: without a checkpoint, or shards of tokens, there is
         # nothing to go on from.
@@ -297,7 +307,8 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         savers = [each for each in trainer.callbacks if isinstance(each, LastCheckpoint)]  # type: ignore[attr-defined]
         if all(each.last_saved != trainer.global_step for each in savers):
-            trainer.save_checkpoint(checkpoint)  # training was made to end early, or nothing was left to train
+            # Training was made to end early, nothing was left to train, or the disk was full.
+            save_or_fail(trainer, checkpoint)
         if stopper.received is None:
             # What Lightning logs a validation under; of a run that goes on after its last update it is one less.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
@@ -315,6 +326,8 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         **report_findings(data),
         **{name.replace("val/", ""): value for name, value in metrics.items()},
     }
+    for each in trainer.callbacks:  # type: ignore[attr-defined]
+        summary |= each.summary if isinstance(each, BestCheckpoint | BadUpdates) else {}
     finish_ranks(trainer)
     return summary | ({"alarm": module.alarm} if module.alarm else {})
 

@@ -19,6 +19,7 @@ from dalle1.models.clip import CLIP
 from dalle1.models.dvae import DVAE
 from dalle1.models.transformer import DalleTransformer
 from dalle1.tokenizers.text import TextTokenizer
+from dalle1.training.bad_updates import BadUpdates
 from dalle1.training.optim import OptimConfig, build_optimizer, clip_variance
 from dalle1.training.plateau import PlateauHalving
 
@@ -62,6 +63,7 @@ class StageModule(pl.LightningModule):
         # Operations of one update and tokens, per sample; stages that leave 0 have no `perf/` metrics.
         self.flops_per_sample = self.tokens_per_sample = 0
         self.alarm: str | None = None  # what the last validation found wrong, in one sentence; goes into the summary
+        self.bad_updates: BadUpdates | None = None  # decides which updates are made, once training begins
         self.part = 0  # batches of the coming update that have given their gradients
         # Weights that this update set anew, by their names in `model`: their average starts over.
         self.fresh_weights: set[str] = set()
@@ -118,13 +120,18 @@ class StageModule(pl.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.log("train/grad_norm", norm)
         # Before the weights change: the last checkpoint stays good.
-        if not torch.isfinite(norm):
-            raise ValueError(
-                f"the gradient must stay finite, got norm {float(norm)} at step {self.global_step}; "
-                "the last checkpoint is good: start again if this was chance, or choose a lower optim.lr and name="
-            )
+        if self.bad_updates is not None and self.bad_updates.is_bad(self, norm):
+            if self._plateau:
+                self._plateau.drop_update()
+            optimizer.zero_grad(set_to_none=True)
+            return
         if self.optim.variance_clip:
             clip_variance(optimizer, self.optim.variance_clip)
+
+    @property
+    def validates_in_full(self) -> bool:
+        """Whether validation has all its metrics by now."""
+        return True
 
     @property
     def product_dtype(self) -> torch.dtype:
