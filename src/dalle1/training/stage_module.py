@@ -65,6 +65,7 @@ class StageModule(pl.LightningModule):
         self.alarm: str | None = None  # what the last validation found wrong, in one sentence; goes into the summary
         self.bad_updates: BadUpdates | None = None  # decides which updates are made, once training begins
         self.part = 0  # batches of the coming update that have given their gradients
+        self._sums: dict[str, Tensor] = {}  # of what is logged of it
         # Weights that this update set anew, by their names in `model`: their average starts over.
         self.fresh_weights: set[str] = set()
         self._plateau = PlateauHalving(optim, self._mean_over_ranks) if optim.lr_schedule == "plateau" else None
@@ -179,14 +180,33 @@ class StageModule(pl.LightningModule):
         return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
     def log_means(self, split: str, values: dict[str, Tensor | float], batch_size: int) -> None:
-        """Log values as `split/name`: means over the set and over ranks in validation, of one batch in training."""
+        """Log values as `split/name`: means over the validation set, or over an update; both over all ranks.
+
+        Those of an update are logged when it is complete, and when a line of the log is due: to average them costs the
+        ranks a message.
+        """
+        if split == "train":
+            for name, value in values.items():
+                given = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+                self._sums[name] = self._sums.get(name, 0.0) + given.float().to(self.device)
+            return
         for name, value in values.items():
             self.log(
                 f"{split}/{name}",
                 value,
                 # Lightning averages these weights over ranks in whole numbers: multiples of their number stay exact.
                 batch_size=batch_size * self.trainer.world_size,
-                on_step=split == "train",
-                on_epoch=split != "train",
-                sync_dist=split != "train",
+                on_step=False,
+                on_epoch=True,
+                sync_dist=True,
             )
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Log the means of the update that is about to be made."""
+        sums, self._sums = self._sums, {}
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.global_step + 1) % every and "train/loss" in self.trainer.callback_metrics:
+            return
+        means = self._mean_over_ranks(torch.stack(list(sums.values())) / self.part)
+        for name, mean in zip(sums, means, strict=True):
+            self.log(f"train/{name}", mean)
