@@ -153,7 +153,7 @@ def test_return_goes_on_from_the_checkpoint_with_the_data_after_the_bad_update(
 
 def test_return_in_a_stream_goes_on_after_the_shards_that_were_done(train: Train, tmp_path: Path) -> None:
     # Its one shard of 40 samples has been read once by update 11, and 12 to 16 do not get to its end again.
-    stream = ("data.backend=stream", "data.stream_buffer=1", "data.cache_images=false", "+trainer.limit_val_batches=1")
+    stream = ("data.backend=stream", "data.stream_buffer=1", "data.cache_images=false")
     bad = (POISON, "+callbacks.poison.step=11", "callbacks.checkpoint.keep_last=9")
     train(tmp_path, "dvae", *RETURN, *stream, *bad, "optim.max_steps=12")
     for step, n_done in ((8, 0), (12, 1)):

@@ -121,7 +121,13 @@ class StageModule(pl.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.log("train/grad_norm", norm)
         # Before the weights change: the last checkpoint stays good.
-        if self.bad_updates is not None and self.bad_updates.is_bad(self, norm):
+        if self.bad_updates is None:
+            if not torch.isfinite(norm):
+                raise ValueError(
+                    f"the gradient must stay finite, got norm {float(norm)} at step {self.global_step}; "
+                    "choose a lower optim.lr and name=, or let callbacks.bad_updates skip such updates"
+                )
+        elif self.bad_updates.is_bad(self, norm):
             if self._plateau:
                 self._plateau.drop_update()
             optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ Before they take a machine away, schedulers send SIGTERM (Kubernetes, `scancel`,
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from types import FrameType
@@ -107,7 +108,9 @@ class StopSignals(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do the same, before the first batch."""
         self._listen_again()
-        self._n_common_batches = self._of_all(int(sum(trainer.num_val_batches)), ReduceOp.MIN)
+        # Of a stream nobody knows how many: it is asked for here alone.
+        n_batches = sum(trainer.num_val_batches)
+        self._n_common_batches = self._of_all(0 if math.isinf(n_batches) else int(n_batches), ReduceOp.MIN)
         self._leave_if_asked(trainer)
 
     def on_validation_batch_end(
