@@ -8,7 +8,8 @@ an n x m matrix that is cut and turned as `Cut` says, and Q, m x r:
     Q = mean over devices of M^T P        m r numbers
     gradient = P Q^T on all devices,  error = M - P Q^T on each
 
-What is not sent now is in the next update's M, so over time everything arrives.
+What has not arrived is in the next update's M. With a Q that stays, as the paper has it, the mean of the errors times Q
+is 0: they add nothing to P, and arrive in as far as later gradients bring their directions.
 """
 
 import hashlib

@@ -74,7 +74,7 @@ def load_state(
         )
         return None
     if rank == 0:
-        logger.info("what PowerSGD had not sent on %d devices is spread over %d", count, world_size)
+        logger.info("of what PowerSGD had not sent on %d devices, each of %d gets the mean", count, world_size)
     return errors, first["queries"]
 
 
