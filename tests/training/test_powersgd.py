@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -34,10 +34,10 @@ def matrix_of(network: nn.Module) -> nn.Parameter:
 
 
 @pytest.fixture(params=[1, 2, 3])
-def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Devices]:
+def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Devices:
     several = Devices(request.param)
     monkeypatch.setattr(communication, "dist", several)
-    yield several
+    return several
 
 
 @pytest.fixture
