@@ -18,7 +18,7 @@ from stage_runs import Train, last
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dalle1.checkpoint import load_clip, load_transformer, read_checkpoint, weights_sha256
+from dalle1.checkpoint import load_transformer, read_checkpoint, weights_sha256
 from dalle1.training.communication import Bf16Reducer, average_bucket, handed_bytes
 from dalle1.training.communication_callback import CommunicationCallback
 from dalle1.training.powersgd import PowerSGD, PowerSGDReducer
@@ -48,6 +48,12 @@ def results(trained: Path, tmp_path: Path) -> Path:
 
 def states(results: Path) -> list[str]:
     return sorted(path.name for path in (results / "transformer" / "checkpoints" / "powersgd").iterdir())
+
+
+def environment() -> dict[str, str]:
+    """Of a process that a test starts."""
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "training")])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def logged(results: Path, stage: str, name: str) -> list[float]:
@@ -148,7 +154,7 @@ def test_full_disk_is_an_error_before_the_checkpoint(
 
 
 def test_scaled_resblocks_go_with_it(train: Train, results: Path) -> None:
-    few = ("optim.max_steps=2", "trainer.val_check_interval=2", "+trainer.limit_val_batches=1")
+    few = ("optim.max_steps=2", "trainer.val_check_interval=2", "~callbacks.throughput", "+trainer.limit_val_batches=1")
     path = results / "transformer" / "checkpoints" / "powersgd" / "step0000002-rank0000.pt"
     errors = {}
     for scaled in ("false", "true"):
@@ -160,50 +166,24 @@ def test_scaled_resblocks_go_with_it(train: Train, results: Path) -> None:
         assert 0.9 < error.norm() / errors["false"][name].norm() < 1.1, name
 
 
-def test_two_processes_go_on_bit_for_bit_and_keep_the_same_weights(trained: Path, shapes: Path, tmp_path: Path) -> None:
-    from conftest import TINY
-
-    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
-    options = [
-        *("stage=clip", *TINY["common"], *TINY["clip"], "name=test", f"results_dir={tmp_path}", "data.recipe=null"),
-        *(f"data.train={shapes}/train-*.tar", f"data.val={shapes}/val-*.tar", "optim.batch_size=2"),
-        *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "communication=powersgd"),
-        # With everything that has a state.
-        *("communication.shards=2", "communication.fixed_q=false", "communication.factors=bf16"),
-        "+callbacks.weights._target_=killing.NoteWeights",
+def test_two_processes_keep_the_same_weights_and_go_on_bit_for_bit(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("two_devices.py"))]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment(), stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
     ]
-    kill = ["+callbacks.kill._target_=killing.KillAt", "+callbacks.kill.step=4", "+callbacks.kill.rank=1"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "training")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    for run, extra in (("stopped", kill), ("stopped", []), ("whole", [])):
-        path = tmp_path / run
-        command = [sys.executable, str(ROOT / "train.py"), *options, *extra, f"run_dir={path}"]
-        command += [f"+callbacks.weights.directory={path}"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "is lost" not in done.stdout
-        if extra:
-            assert read_checkpoint(path / "checkpoints" / "last.ckpt")["global_step"] == 5
-    whole, stopped = (read_checkpoint(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("whole", "stopped"))
-    assert stopped["global_step"] == whole["global_step"] == 8
-    for part in ("state_dict", "ema"):
-        assert weights_sha256(stopped[part]) == weights_sha256(whole[part])
-    for rank in range(2):
-        (mine, other) = (
-            torch.load(tmp_path / run / f"checkpoints/powersgd/step0000008-rank000{rank}.pt", weights_only=True)
-            for run in ("whole", "stopped")
-        )
-        for part in ("errors", "queries"):
-            assert weights_sha256(mine[part]) == weights_sha256(other[part])
-        # Both processes trained one network.
-        noted = json.loads((tmp_path / "whole" / f"weights-rank{rank}.json").read_text())
-        assert noted == {"sha256": weights_sha256({n[6:]: w for n, w in whole["state_dict"].items()})}
-    network = load_clip(tmp_path / "whole" / "checkpoints" / "last.ckpt").model.requires_grad_(True)
-    sent = logged(tmp_path, "whole", "perf/sent_megabytes")
-    handed = handed_bytes(PowerSGD(shards=2, fixed_q=False, factors="bf16"), network)
-    assert sent == pytest.approx([handed / 1e6] * 8)
+    for process in processes:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for each in found:
+        assert each["resumed"] == each["whole"]
+        # Seven updates: two factors of two pieces of rank 2 for each of the matrices, in 2 bytes; others in 4.
+        assert each["sent"] == 7 * (2 * 2 * 2 * 2 * (15 + 16) + 4 * (30 + 16 + 16 * 4 + 4))
+        assert each["plain"] == 7 * 4 * (16 * 30 + 30 + 30 * 16 + 16 + 16 * 4 + 4)
+    assert found[0]["whole"]["weights"] == found[1]["whole"]["weights"]
+    assert found[0]["whole"]["queries"] == found[1]["whole"]["queries"]
+    assert found[0]["whole"]["errors"] != found[1]["whole"]["errors"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ DDP hands the gradients over in buckets while the backward pass still runs. A `R
 over all devices and counts what it gives to the network; `average_bucket` is the hook by which DDP calls it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,10 @@ class Communication:
     def handed_bytes(self, name: str, shape: torch.Size) -> int:
         """What one device hands to the network in an update for the gradient of the weight `name`."""
         return 4 * shape.numel()
+
+    def kept_bytes(self, name: str, shape: torch.Size) -> int:
+        """What one device keeps from update to update to send that gradient."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,5 +109,13 @@ def average_bucket(state: Reducer, bucket: GradBucket) -> torch.futures.Future[T
 
 def handed_bytes(communication: Communication, network: nn.Module) -> int:
     """What one device hands to the network in an update; `network` may be on the meta device."""
-    weights: Mapping[str, Tensor] = {name: each for name, each in network.named_parameters() if each.requires_grad}
-    return sum(communication.handed_bytes(name, weight.shape) for name, weight in weights.items())
+    return sum(communication.handed_bytes(name, weight.shape) for name, weight in _trained(network))
+
+
+def kept_bytes(communication: Communication, network: nn.Module) -> int:
+    """What one device keeps from update to update to send less."""
+    return sum(communication.kept_bytes(name, weight.shape) for name, weight in _trained(network))
+
+
+def _trained(network: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]

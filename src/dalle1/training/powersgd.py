@@ -86,6 +86,11 @@ class PowerSGD(Communication):
             return super().handed_bytes(name, shape)
         return self.factor_type.itemsize * cut.numbers_sent
 
+    def kept_bytes(self, name: str, shape: torch.Size) -> int:
+        """An error buffer and Q, in fp32."""
+        cut = self.cut(name, shape)
+        return 0 if cut is None else 4 * (shape.numel() + cut.pieces * cut.columns * cut.rank)
+
     @property
     def factor_type(self) -> torch.dtype:
         """What P and Q travel in."""
