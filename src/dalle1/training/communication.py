@@ -65,8 +65,10 @@ class Reducer:
 
         def finish() -> list[Tensor]:
             work.wait()
-            parts = torch.split(flat.float(), [tensor.numel() for tensor in tensors])
-            return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+            parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+            # Each in memory of its own: products may depend on where their factors lie, in the last bit.
+            means = [part.to(torch.float32, copy=True) for part in parts]
+            return [part.view(tensor.shape) for part, tensor in zip(means, tensors, strict=True)]
 
         return finish
 

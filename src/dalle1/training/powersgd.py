@@ -204,7 +204,7 @@ class PowerSGDReducer(Reducer):
         matrices = []
         for weight, gradient in pairs:
             pieces = weight.cut.pieces_of(gradient)
-            # In memory of its own: products may depend on where in a bucket a gradient lies, in the last bit.
+            # A copy: products may depend on where in a bucket a gradient lies, in the last bit.
             matrix = torch.empty_like(weight.error).copy_(pieces)
             if weight.scale is not None:
                 matrix /= weight.scale
