@@ -28,12 +28,14 @@ from dalle1.models.transformer import DalleTransformer
 from dalle1.training.communication import Communication, handed_bytes
 
 _SGD = "communication=powersgd"
+_WHOLE = ("communication.shards=1", "communication.factors=bf16")
 WAYS = {
     "plain": ["communication=plain"],
     "bf16": ["communication=bf16"],
     # Of a width of 128.
     "powersgd, rank 32": [_SGD, "communication.rank=32"],
     "powersgd, rank 32, Q of the last update": [_SGD, "communication.rank=32", "communication.fixed_q=false"],
+    "powersgd, rank 32, whole matrices, factors in bf16": [_SGD, "communication.rank=32", *_WHOLE],
     "powersgd, rank 64, factors in bf16": [_SGD, "communication.rank=64", "communication.factors=bf16"],
 }
 
