@@ -27,16 +27,16 @@ from dalle1.data.fields import require_int
 from dalle1.models.transformer import DalleTransformer
 from dalle1.training.communication import Communication, handed_bytes
 
-_SGD = "communication=powersgd"
-_WHOLE = ("communication.shards=1", "communication.factors=bf16")
+# Of a width of 128. In 8 parts: what each GPU of the paper's machines has.
+_SGD = ("communication=powersgd", "communication.rank=32")
+_PARTS = (*_SGD, "communication.shards=8", "communication.factors=fp32")
 WAYS = {
     "plain": ["communication=plain"],
     "bf16": ["communication=bf16"],
-    # Of a width of 128.
-    "powersgd, rank 32": [_SGD, "communication.rank=32"],
-    "powersgd, rank 32, Q of the last update": [_SGD, "communication.rank=32", "communication.fixed_q=false"],
-    "powersgd, rank 32, whole matrices, factors in bf16": [_SGD, "communication.rank=32", *_WHOLE],
-    "powersgd, rank 64, factors in bf16": [_SGD, "communication.rank=64", "communication.factors=bf16"],
+    "powersgd, rank 32": list(_SGD),
+    "powersgd, rank 32 in 8 parts, fp32": list(_PARTS),
+    "powersgd, rank 32 in 8 parts, fp32, Q of the last update": [*_PARTS, "communication.fixed_q=false"],
+    "powersgd, rank 64 in 8 parts": ["communication=powersgd", "communication.rank=64", "communication.shards=8"],
 }
 
 

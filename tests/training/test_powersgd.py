@@ -17,7 +17,7 @@ from dalle1.training import communication
 from dalle1.training.communication import Bf16, Bf16Reducer, Communication, handed_bytes
 from dalle1.training.powersgd import PAPER_RANKS, PowerSGD, PowerSGDReducer, default_rank, draw_q, orthogonalize
 
-WHOLE = PowerSGD(rank=2, shards=1)
+WHOLE = PowerSGD(rank=2, factors="fp32")
 
 
 class Network(nn.Module):
@@ -109,7 +109,7 @@ def test_update_is_the_mean_projected_on_the_span_of_its_product_with_q(devices:
 def test_matrices_are_cut_as_the_papers_gpus_hold_them(
     two: Devices, name: str, shape: tuple[int, int], slices: Callable[[Tensor], list[Tensor]]
 ) -> None:
-    config = PowerSGD(rank=2, shards=2)
+    config = PowerSGD(rank=2, shards=2, factors="fp32")
     cut = config.cut(name, torch.Size(shape))
     assert cut is not None
     assert cut.rank == 1
@@ -153,7 +153,7 @@ def test_what_was_applied_and_what_is_left_are_all_gradients(devices: Devices, f
 
 
 def test_constant_gradient_arrives_in_the_end_if_q_follows(two: Devices) -> None:
-    ranks = Ranks(two, PowerSGD(rank=2, shards=1, fixed_q=False))
+    ranks = Ranks(two, PowerSGD(rank=2, fixed_q=False))
     applied = torch.stack([ranks.reduce(lambda rank: gradients(rank, 0, 6, 10))[0] for _ in range(100)])
     expected = mean([gradients(rank, 0, 6, 10) for rank in range(2)])
     assert (applied.double().mean(0) - expected).norm() < 0.1 * expected.norm()
@@ -174,7 +174,7 @@ def test_q_stays_or_is_the_last_updates(two: Devices) -> None:
     given = [[gradients(rank, update, 6, 10) for update in range(2)] for rank in range(2)]
     q = draw_q(WHOLE.cut("blocks.0.weight", torch.Size((6, 10))), 5, "blocks.0.weight")[0]  # type: ignore[arg-type]
     for fixed_q in (True, False):
-        ranks = Ranks(two, PowerSGD(rank=2, shards=1, fixed_q=fixed_q))
+        ranks = Ranks(two, PowerSGD(rank=2, fixed_q=fixed_q, factors="fp32"))
         first = ranks.reduce(lambda rank: given[rank][0])[0].double()
         left = mean([each[1] for each in given]) + mean(ranks.errors())
         second = ranks.reduce(lambda rank: given[rank][1])[0].double()
@@ -283,7 +283,7 @@ def test_paper_saves_what_its_table_says(width: int, saved: float) -> None:
     plain = 4 * sum(each.numel() for each in matrices)
     others = 4 * sum(each.numel() for each in network.parameters()) - plain
     for shards in (1, 4, 8):
-        sent = handed_bytes(PowerSGD(shards=shards), network) - others
+        sent = handed_bytes(PowerSGD(shards=shards, factors="fp32"), network) - others
         # r (m + 2) / (2 d m) for each of m parts (table 2); 5 r / (8 d) for 8 of them (table 1).
         assert sent * 2 * width * shards == plain * rank * (shards + 2)
         assert handed_bytes(PowerSGD(shards=shards, factors="bf16"), network) - others == sent / 2

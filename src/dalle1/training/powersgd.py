@@ -66,11 +66,11 @@ class PowerSGD(Communication):
     # Columns of the factors of a whole matrix, over all its shards; null is the paper's for its widths, see
     # `default_rank`.
     rank: int | None = None
-    # Each matrix is cut along its longer axis into so many parts, each with a rank / shards of its own: what the 8
-    # GPUs of one of the paper's machines have. 1 compresses it as a whole.
-    shards: int = 8
+    # Each matrix is cut along its longer axis into so many parts, each with a rank / shards of its own: 8 is what the
+    # GPUs of one of the paper's machines have. 1 compresses it as a whole, with less loss for as many bytes here.
+    shards: int = 1
     fixed_q: bool = True  # Q is drawn once, as in the paper; false: Q is the last update's, as in PowerSGD itself
-    factors: Literal["fp32", "bf16"] = "fp32"  # what P and Q travel in
+    factors: Literal["fp32", "bf16"] = "bf16"  # what P and Q travel in
 
     def __post_init__(self) -> None:
         check_field_types(self)
