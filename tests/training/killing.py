@@ -1,12 +1,16 @@
-"""A callback that kills its own process; `+callbacks.kill._target_=killing.KillAt` in a run that a test starts."""
+"""Callbacks for runs that a test starts: `+callbacks.kill._target_=killing.KillAt`."""
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+
+from dalle1.atomic_files import write_json
+from dalle1.checkpoint import weights_sha256
 
 
 class KillAt(pl.Callback):
@@ -36,3 +40,16 @@ class KillAt(pl.Callback):
     def _kill(self, trainer: pl.Trainer) -> None:
         if trainer.global_step == self._step and trainer.global_rank == self._rank:
             os.kill(os.getpid(), self._number)
+
+
+class NoteWeights(pl.Callback):
+    """Writes the hash of this device's weights into `weights-rank<rank>.json` when training ends."""
+
+    def __init__(self, directory: str) -> None:
+        """Write into `directory`."""
+        self._directory = Path(directory)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write."""
+        sha256 = weights_sha256(pl_module.model.state_dict())  # type: ignore[operator, union-attr, arg-type]
+        write_json(self._directory / f"weights-rank{trainer.global_rank}.json", {"sha256": sha256})

@@ -129,7 +129,9 @@ class LastCheckpoint(pl.Callback):
             link(self.path, kept)
         for old in earlier_checkpoints(self.path.parent)[self._keep_last :]:
             if not self._keep_every or _step_of(old) % self._keep_every:
-                old.unlink(missing_ok=True)
+                # With what lies beside it, such as `powersgd/step0000500-rank0000.pt`.
+                for path in (old, *old.parent.glob(f"*/{old.stem}-*")):
+                    path.unlink(missing_ok=True)
 
 
 def link(path: Path, name: Path) -> None:
@@ -150,7 +152,7 @@ def is_validation_due(trainer: pl.Trainer) -> bool:
     return loops.epoch_loop._should_check_val_fx(loops._data_fetcher)
 
 
-def _check_sums(path: Path) -> None:
+def check_sums(path: Path) -> None:
     """Raise DamagedCheckpointError if a byte of a tensor has changed: torch writes sums of them, and does not look."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -181,7 +183,7 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     first_error: DamagedCheckpointError | None = None
     for path in ([last] if last.exists() else []) + earlier_checkpoints(directory):
         try:
-            _check_sums(path)
+            check_sums(path)
             content = read_checkpoint(path)
         except DamagedCheckpointError as error:
             first_error = first_error or error

@@ -15,6 +15,8 @@ from omegaconf import DictConfig
 
 from dalle1.training.callbacks import RunProgress
 from dalle1.training.checkpoints import AtomicCheckpointIO
+from dalle1.training.communication import Communication
+from dalle1.training.communication_callback import CommunicationCallback, check_communication
 from dalle1.training.optim import OptimConfig
 from dalle1.training.stage_module import StageModule
 from dalle1.training.transformer_module import TransformerOptimConfig
@@ -54,8 +56,11 @@ def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, extra: li
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
     if arguments.get("enable_progress_bar") is False:
         callbacks = [each for each in callbacks if not isinstance(each, RunProgress)]
+    communication = instantiate(cfg.communication, _convert_="all")
+    if type(communication) is not Communication:
+        callbacks.append(CommunicationCallback(communication, run_dir / "checkpoints", seed=cfg.seed))
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **arguments,
             max_steps=module.optim.max_steps,
             max_epochs=-1,
@@ -72,6 +77,8 @@ def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, extra: li
         )
     except MisconfigurationException as error:
         raise ValueError(f"trainer options must fit this machine and each other: {error}") from error
+    check_communication(communication, trainer.strategy, module)
+    return trainer
 
 
 @contextmanager
