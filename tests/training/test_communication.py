@@ -30,9 +30,10 @@ POWERSGD = (*DDP, "communication=powersgd", "communication.shards=2")
 
 @pytest.fixture(autouse=True)
 def _no_group_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Lightning leaves its process group, and what it tells child processes, to the end of the process.
-    before = dict(os.environ)
+    # Lightning leaves its process group, threads, and what it tells child processes, to the end of the process.
+    before, threads = dict(os.environ), torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     if dist.is_initialized():
         dist.destroy_process_group()
     for name in os.environ.keys() - before.keys():
