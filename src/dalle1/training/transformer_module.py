@@ -197,7 +197,9 @@ class TransformerModule(StageModule):
             "image_nats_per_token": losses.image_nats.mean(),
             "image_accuracy": losses.image_correct.float().mean(),
         }
-        self.log_means(split, values, len(text_tokens))
+        n_told = is_told.sum()
+        counts = {"text_nats_per_token": n_told, "text_accuracy": n_told}
+        self.log_means(split, values, len(text_tokens), counts=counts)
         return losses.loss
 
     def _image_tokens(self, pixels: Tensor) -> Tensor:
