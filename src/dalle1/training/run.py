@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from dalle1.atomic_files import write_json
+from dalle1.atomic_files import remove_partial, write_json
 from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, load_image_tokenizer
 from dalle1.data.config import DataConfig
 from dalle1.data.datamodule import PairDataModule
@@ -299,6 +299,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         keep_freed_memory()
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
+        remove_partial(run_dir)  # over a month of kills they would fill the disk
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
         for each in trainer.loggers:
             if isinstance(each, WandbLogger):
