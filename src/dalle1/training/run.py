@@ -300,6 +300,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_partial(run_dir)  # over a month of kills they would fill the disk
+        (run_dir / SUMMARY).unlink(missing_ok=True)  # of a run that is made longer: it says that a run is complete
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
         for each in trainer.loggers:
             if isinstance(each, WandbLogger):
