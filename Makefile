@@ -71,6 +71,9 @@ bench-communication: $(STAMP)  ## loss and bytes sent of two processes with each
 soak-data: $(STAMP)  ## memory while damaged data are read for a long time, 10 minutes
 	$(BIN)/python benchmarks/data_soak.py $(BENCH)
 
+soak-training: $(STAMP)  ## a run of two processes that is ended and started again for an hour (BENCH='--minutes 5' for less)
+	$(BIN)/python benchmarks/preemption_soak.py $(BENCH)
+
 sampling-curves: $(STAMP)  ## what candidates and guidance do to the demo's accuracy, half an hour
 	$(BIN)/python -m dalle1.evaluation.sampling_curves
 
