@@ -77,6 +77,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     run_dir = Path(cfg.run_dir)
     is_new = not run_dir.exists() or not any(run_dir.iterdir())
+    _check_resume(cfg.resume, run_dir, is_new=is_new)
     try:
         while True:
             try:
@@ -97,6 +98,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise SystemExit(0) from None
     finally:
         _remove_if_empty(run_dir)
+
+
+def _check_resume(resume: object, run_dir: Path, *, is_new: bool) -> None:
+    if resume not in ("auto", "never"):
+        raise ValueError(f"resume must be auto or never, got {resume}; another name= begins anew")
+    # The first process alone: it has begun to write when it starts the others.
+    if resume == "never" and not is_new and getattr(rank_zero_only, "rank", 0) == 0:
+        raise ValueError(
+            f"'{os.path.relpath(run_dir)}' must be empty with resume=never, it holds an earlier run; choose another "
+            "name=, or resume=auto to go on with it"
+        )
 
 
 def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
