@@ -42,7 +42,7 @@ LAYERS = [
     ["losses"],
     ["models"],
     ["data"],
-    ["run_status"],
+    ["run_status", "sharded_files"],
     ["atomic_files"],
 ]
 # Where each framework may appear; everything else is plain PyTorch.

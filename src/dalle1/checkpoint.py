@@ -1,10 +1,11 @@
 """Checkpoints that rebuild their model: weights plus one plain `dalle1` record.
 
 The record holds all that using the model needs (kind, configuration, text tokenizer, hash of the dVAE, ...), so a
-checkpoint loads without the configuration of its run. There are two forms, and nothing in either can execute:
+checkpoint loads without the configuration of its run. There are three forms, and nothing in either can execute:
 
 - what training writes, a Lightning file, read with `weights_only=True`; weights are the averaged ones where training
   kept an average;
+- the same in parts, a directory that several devices have written together (`sharded_files`);
 - an exported checkpoint, a directory with the weights alone as safetensors and the record as JSON.
 """
 
@@ -25,6 +26,7 @@ from dalle1.atomic_files import atomic, atomic_directory, write_json
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
+from dalle1.sharded_files import is_sharded, read_sharded
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
 
@@ -119,7 +121,7 @@ class DamagedCheckpointError(ValueError):
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint on the CPU, without executing anything in it.
 
-    An exported checkpoint comes in the form that training writes.
+    All come in the form of a file that training writes; one in parts without the optimizer's state.
 
     Raises: FileNotFoundError if there is none; DamagedCheckpointError, or another ValueError if it is not ours or of a
         newer format.
@@ -128,7 +130,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at '{path}'; correct the path")
     try:
-        content = _read_exported(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_directory(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged pickle can raise any error
@@ -146,7 +148,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "use the dalle1 version that wrote it"
         )
     missing = [name for name in _RECORD_FIELDS if name not in record]
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         missing += [name for name in ("step", SHA256_KEY) if name not in record]
     else:
         missing += [name for name in ("state_dict", "global_step") if name not in content]
@@ -190,6 +192,12 @@ def text_tokenizer_of(loaded: Loaded[DalleTransformer] | Loaded[CLIP], name: str
     if loaded.text_tokenizer is None:
         raise ValueError(f"the {name} checkpoint must hold a text tokenizer, it has none; train that stage again")
     return loaded.text_tokenizer
+
+
+def _read_directory(directory: Path) -> dict[str, Any]:
+    return (
+        read_sharded(directory, entries=("state_dict", EMA_KEY)) if is_sharded(directory) else _read_exported(directory)
+    )
 
 
 def _read_exported(directory: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from dalle1.atomic_files import atomic
 from dalle1.checkpoint import DamagedCheckpointError, read_checkpoint
 from dalle1.data.fields import require_int
+from dalle1.sharded_files import find_damage, is_sharded, read_plain, read_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +78,32 @@ class LastCheckpoint(pl.Callback):
     def _keep(self, step: int) -> None:
         """Give what was saved its second name, and remove those that are to go."""
         kept = self.path.with_name(f"step{step:07d}.ckpt")
-        kept.unlink(missing_ok=True)
-        try:
-            os.link(self.path, kept)
-        except OSError:  # not every file system has links
-            with atomic(kept) as temporary:
-                shutil.copyfile(self.path, temporary)
+        if not is_sharded(self.path):  # a directory has that name already
+            _remove(kept)
+            try:
+                os.link(self.path, kept)
+            except OSError:  # not every file system has links
+                with atomic(kept) as temporary:
+                    shutil.copyfile(self.path, temporary)
         for old in earlier_checkpoints(self.path.parent)[self._keep_last :]:
             if not self._keep_every or _step_of(old) % self._keep_every:
-                old.unlink(missing_ok=True)
+                _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a file, a directory, or nothing."""
+    if checkpoint.is_dir() and not checkpoint.is_symlink():
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
 
 
 def _check_sums(path: Path) -> None:
     """Raise DamagedCheckpointError if a byte of a tensor has changed: torch writes sums of them, and does not look."""
+    if path.is_dir():
+        if damage := find_damage(path):
+            raise DamagedCheckpointError(f"'{path}' is damaged: {damage}; delete it")
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -120,7 +134,7 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in ([last] if last.exists() else []) + earlier_checkpoints(directory):
         try:
             _check_sums(path)
-            content = read_checkpoint(path)
+            content = read_plain(path) if path.is_dir() else read_checkpoint(path)
         except DamagedCheckpointError as error:
             first_error = first_error or error
             damaged.append(path)
@@ -134,7 +148,13 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, syncs it and renames it, so that a crash never damages the last one."""
+    """Writes a checkpoint beside its place, syncs it and renames it, so that a crash never damages the last one.
+
+    Reads those in parts too, so that a run may go on without sharding."""
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """The content of a checkpoint, with whole tensors."""
+        return read_sharded(path) if is_sharded(path) else super().load_checkpoint(path, *arguments, **options)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dalle1.checkpoint import EMA_KEY
+from dalle1.training.sharding import forget_gathered
 
 
 class EMA(pl.Callback):
@@ -97,3 +98,4 @@ def _weights(pl_module: pl.LightningModule) -> list[tuple[str, Tensor]]:
 def _copy_into(pl_module: pl.LightningModule, values: dict[str, Tensor]) -> None:
     for name, weight in _weights(pl_module):
         weight.copy_(values[name])
+    forget_gathered(pl_module)
