@@ -18,6 +18,7 @@ LAYERS = [
         "evaluation.report",
         "evaluation.sampling_curves",
         "convert",
+        "export",
         "reconstruct",
         "sample",
         "score",

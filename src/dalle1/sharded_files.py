@@ -79,15 +79,15 @@ def read_plain(path: str | Path) -> dict[str, Any]:
 def read_sharded(
     path: str | Path,
     *,
-    entries: Collection[str] | None = None,
+    wanted: Callable[[Place, Collection[Place]], bool] | None = None,
     make_empty: Callable[[Sequence[int], torch.dtype], Tensor] | None = None,
 ) -> dict[str, Any]:
     """The content of a checkpoint in parts.
 
     Args:
         path: The directory.
-        entries: Those of the content's entries whose tensors are read; others that had tensors are left out. All if not
-            given.
+        wanted: Says of a tensor's place in the content, and the places of all, whether it is to be read; others are
+            left out. All are read if not given.
         make_empty: What tensors are read into, from shape and type: DTensors, of which each process reads its part; all
             processes of the default group must then call this together. Without, tensors are whole, on the CPU, and no
             other process takes part.
@@ -102,21 +102,23 @@ def read_sharded(
     places: dict[str, Place] = content.pop(PLACES)
     reader = dcp.hf_storage.HuggingFaceStorageReader(str(path))
     stored = reader.read_metadata().state_dict_metadata
-    wanted = {key: place for key, place in places.items() if entries is None or place[0] in entries}
+    all_places = set(places.values())
+    chosen = {key for key, place in places.items() if wanted is None or wanted(place, all_places)}
     new = make_empty or (lambda size, dtype: torch.empty(tuple(size), dtype=dtype))
     tensors: dict[str, Any] = {}
-    for key in wanted:
+    for key in chosen:
         described = stored[key]
         assert isinstance(described, dcp.metadata.TensorStorageMetadata), "safetensors hold tensors"
         tensors[key] = new(described.size, described.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*load in a single process.*")
         dcp.state_dict_loader.load(tensors, storage_reader=reader, no_dist=make_empty is None)
-    for left_out in {str(place[0]) for key, place in places.items() if key not in wanted}:
-        content.pop(left_out)
-    for key, place in wanted.items():
+    for key, place in places.items():
         holder: Any = content
         for step in place[:-1]:
             holder = holder[step]
-        holder[place[-1]] = tensors[key]
+        if key in chosen:
+            holder[place[-1]] = tensors[key]
+        else:
+            del holder[place[-1]]
     return content
