@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 import torch
 from stage_runs import Train, TrainScript, last
 
+from dalle1.checkpoint import DamagedCheckpointError, load_transformer, read_checkpoint
 from dalle1.sharded_files import read_sharded
+from dalle1.training.checkpoints import newest_whole
 
 UPDATES = 20
 # Everything that a run of the transformer can have. With a small eps Adam makes as much of a gradient's rounding error
@@ -21,7 +24,8 @@ OPTIONS = (
     *(f"optim.max_steps={UPDATES}", "optim.eps=1e-2", "optim.variance_clip=5", "optim.grad_clip_norm=0.5"),
     *("optim.ema_interval=2", "optim.start_from_codebook=true", "optim.cache_image_tokens=false"),
     *("optim.caption_dropout=0", "trainer.val_check_interval=2", "+trainer.accumulate_grad_batches=2"),
-    *("callbacks.checkpoint.every_n_steps=10", "compute.activation_checkpointing=true"),
+    *("callbacks.checkpoint.every_n_steps=10", "+callbacks.pictures.n_samples=1"),
+    "compute.activation_checkpointing=true",
 )
 TWO = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "optim.batch_size=2")
 ONE = ("optim.batch_size=4",)
@@ -89,3 +93,106 @@ def test_stopped_run_goes_on_as_if_it_had_not_been(
     assert resumed.keys() == expected.keys()
     different = [name for name, tensor in expected.items() if not torch.equal(resumed[name], tensor)]
     assert not different
+
+
+def test_pictures_are_drawn_by_the_first_device(whole: Path) -> None:
+    pictures = [path.name for path in (whole / "transformer" / "pictures").iterdir()]
+    assert f"samples-step{UPDATES:07d}.png" in pictures
+
+
+def test_checkpoints_are_directories_that_stay_by_number(whole: Path) -> None:
+    directory = last(whole, "transformer").parent
+    assert sorted(path.name for path in directory.iterdir()) == ["last.ckpt", "step0000010.ckpt", "step0000020.ckpt"]
+    assert last(whole, "transformer").readlink() == Path("step0000020.ckpt")
+    files = json.loads((last(whole, "transformer") / "manifest.json").read_text())["files"]
+    there = {path.name for path in last(whole, "transformer").iterdir()}
+    assert there == {"manifest.json", *files}
+    # Of each device weights, averages and two moments, and what is not sharded.
+    assert len(files) == 2 * 4 + 1
+
+
+def test_one_process_goes_on_from_two_and_two_numbers_stay(
+    whole: Path, train: Train, trained: Path, tmp_path: Path
+) -> None:
+    results = copied(whole, trained, tmp_path)
+    more = ("optim.max_steps=22", "callbacks.checkpoint.every_n_steps=22")
+    before = tensors_of(read_sharded(last(results, "transformer")))
+    assert train(results, "transformer", *OPTIONS, *ONE, *more)["step"] == 22
+    names = sorted(path.name for path in last(results, "transformer").parent.iterdir())
+    assert names == ["last.ckpt", "step0000020.ckpt", "step0000022.ckpt"]
+    after = tensors_of(read_checkpoint(last(results, "transformer")))
+    assert {name: each.shape for name, each in after.items()} == {name: each.shape for name, each in before.items()}
+    steps = [float(each) for name, each in after.items() if name.endswith("/step")]
+    assert set(steps) == {22.0}
+
+
+def copied(whole: Path, trained: Path, directory: Path) -> Path:
+    """A run of two devices that a test may change."""
+    results = started(trained, directory)
+    shutil.copytree(whole / "transformer", results / "transformer", symlinks=True)
+    return results
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "no manifest"])
+def test_damaged_one_is_named_and_the_one_before_it_is_found(
+    whole: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    path = last(copied(whole, trained, tmp_path), "transformer")
+    file = sorted(path.glob("shard-00002-*"))[1]
+    if damage == "flipped":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        os.truncate(file, file.stat().st_size - 1)
+    elif damage == "gone":
+        file.unlink()
+    else:
+        (path / "manifest.json").unlink()
+    found = newest_whole(path.parent)
+    assert found is not None
+    assert (found[0].name, found[1]["global_step"]) == ("step0000010.ckpt", 10)
+    assert f"'{path}' is damaged; going on from '{found[0]}'" in caplog.messages
+    if damage in ("cut", "gone"):
+        with pytest.raises(DamagedCheckpointError, match="is not a checkpoint that can be read safely"):
+            load_transformer(path)
+
+
+def test_network_is_read_without_the_optimizer(whole: Path) -> None:
+    path = last(whole, "transformer")
+    everything, content = read_sharded(path), read_checkpoint(path)
+    assert content["state_dict"] == {}, "all weights have an average"
+    assert not any("exp_avg" in name for name in tensors_of(content))
+    weights = load_transformer(path).model.state_dict()
+    for name, average in everything["ema"].items():
+        assert torch.equal(weights[name], average)
+        assert not torch.equal(weights[name], everything["state_dict"][f"model.{name}"]) or not average.any()
+
+
+def test_another_run_does_not_go_on_from_it(whole: Path, train: Train, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"another optim.lr \(0.004, not 0.001\)"):
+        train(copied(whole, trained, tmp_path), "transformer", *OPTIONS, *ONE, "optim.lr=1e-3")
+
+
+@pytest.mark.parametrize(
+    ("stage", "option", "message"),
+    [
+        ("dvae", "optim.max_steps=4", "trainer=fsdp must be for stage=transformer, .* got stage=dvae; use trainer=ddp"),
+        ("clip", "optim.max_steps=4", "trainer=fsdp must be for stage=transformer, .* got stage=clip; use trainer=ddp"),
+        ("tokens", "seed=0", "trainer=fsdp must be for stage=transformer, .* got stage=tokens; use trainer=ddp"),
+        (
+            "transformer",
+            "optim.resblock_gradient_scaling=true",
+            "resblock_gradient_scaling must be false with trainer=fsdp",
+        ),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(
+    train: Train, trained: Path, tmp_path: Path, stage: str, option: str, message: str
+) -> None:
+    results = started(trained, tmp_path)
+    if stage == "dvae":
+        shutil.rmtree(results / "dvae")
+    with pytest.raises(ValueError, match=message):
+        train(results, stage, option, *TWO[:3])
+    assert not (results / stage).exists()

@@ -85,8 +85,10 @@ class LastCheckpoint(pl.Callback):
             except OSError:  # not every file system has links
                 with atomic(kept) as temporary:
                     shutil.copyfile(self.path, temporary)
+        # A directory has no second name: what is called by one stays.
+        named = {path.resolve() for path in self.path.parent.iterdir() if path.is_symlink()}
         for old in earlier_checkpoints(self.path.parent)[self._keep_last :]:
-            if not self._keep_every or _step_of(old) % self._keep_every:
+            if old.resolve() not in named and (not self._keep_every or _step_of(old) % self._keep_every):
                 _remove(old)
 
 

@@ -127,6 +127,14 @@ def _distribute(value: Any, mesh: DeviceMesh) -> Any:
     return value
 
 
+def refuse_sharding(strategy: object, stage: str) -> None:
+    """Raise ValueError if a stage without blocks to shard is to be sharded."""
+    if isinstance(strategy, FullyShardedStrategy):
+        raise ValueError(
+            f"trainer=fsdp must be for stage=transformer, whose blocks it shards, got stage={stage}; use trainer=ddp"
+        )
+
+
 def in_whole(tensor: Tensor) -> Tensor:
     """A tensor of which each device may have a part, on all of them; all must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from dalle1.training.callbacks import RunProgress
 from dalle1.training.checkpoints import AtomicCheckpointIO
 from dalle1.training.optim import OptimConfig
-from dalle1.training.sharding import FullyShardedStrategy
+from dalle1.training.sharding import FullyShardedStrategy, refuse_sharding
 from dalle1.training.stage_module import StageModule
 from dalle1.training.stop_signals import StopSignals
 from dalle1.training.transformer_module import TransformerModule, TransformerOptimConfig
@@ -39,14 +39,9 @@ def check_precision(precision: str, optim: OptimConfig) -> None:
 
 def check_sharding(strategy: object, module: StageModule) -> None:
     """Raise ValueError unless the strategy can train the network as it is to be trained."""
-    if not isinstance(strategy, FullyShardedStrategy):
-        return
     if not isinstance(module, TransformerModule):
-        raise ValueError(
-            f"trainer=fsdp must be for stage=transformer, whose blocks it shards, got stage={module.record['kind']}; "
-            "use trainer=ddp"
-        )
-    if module.optim.resblock_gradient_scaling:
+        refuse_sharding(strategy, module.record["kind"])
+    elif isinstance(strategy, FullyShardedStrategy) and module.optim.resblock_gradient_scaling:
         raise ValueError(
             "optim.resblock_gradient_scaling must be false with trainer=fsdp, got true: its scales need whole "
             "gradients; use trainer.precision=bf16-mixed"
