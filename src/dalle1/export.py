@@ -22,7 +22,7 @@ LAST = Path("checkpoints") / "last.ckpt"
 # What a user does with each kind next.
 _NEXT = {
     "dvae": "python train.py stage=transformer {dvae}",
-    "clip": "python sample.py {rerank.model} prompt=...",
+    "clip": "python sample.py rerank=clip {rerank.model} prompt=...",
     "transformer": "python sample.py {transformer} prompt=...",
 }
 
@@ -76,6 +76,8 @@ def _find(run: Path, out: str | Path | None) -> tuple[Path, str | Path]:
         raise FileNotFoundError(
             f"'{run}' must be a run's directory with {LAST}, or a checkpoint of one, it is neither; correct the path"
         )
+    if not run.exists():
+        raise FileNotFoundError(f"no run and no checkpoint at '{run}'; correct the path")
     if out is None:
         raise OptionError(f"out must be given for a single checkpoint, as in out={run.stem}-exported")
     return run, out

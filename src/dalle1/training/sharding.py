@@ -66,10 +66,15 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def _take_from_first(self, part: nn.Module) -> None:
         """Put what of `part` is not sharded yet on this device, with the first device's numbers."""
-        for weight in part.parameters():
-            if not isinstance(weight, DTensor):
-                weight.data = weight.data.to(self.root_device)
-                torch.distributed.broadcast(weight.data, src=0)
+        for module in part.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                if isinstance(weight, DTensor):
+                    continue
+                assert not (weight.is_meta and self.is_global_zero), "the first device has all numbers"
+                whole = torch.empty_like(weight.data, device=self.root_device) if weight.is_meta else weight.data
+                whole = whole.to(self.root_device)
+                torch.distributed.broadcast(whole, src=0)
+                setattr(module, name, nn.Parameter(whole, requires_grad=weight.requires_grad))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a directory `step<update>.ckpt`, and make `filepath`, beside it, another name of it.
