@@ -48,33 +48,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, network: DalleTransformer) -> None:
-        """Shard `network` in place, once: each block, then the rest; all devices begin with the first one's weights."""
-        if isinstance(network, FSDPModule):
-            return
-        mesh = self.device_mesh["data_parallel"]
-        mixed = str(self.precision_plugin.precision).startswith("bf16")
-        # What enters a block stays as it is: the identity path is fp32 under autocast too.
-        in_blocks = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if mixed else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        for block in cast("Iterable[Block]", network.blocks):
-            self._take_from_first(block)
-            fully_shard(block, mesh=mesh, mp_policy=in_blocks)
-        self._take_from_first(network)
-        fully_shard(network, mesh=mesh)
-        register_fsdp_forward_method(network, "losses")
-
-    def _take_from_first(self, part: nn.Module) -> None:
-        """Put what of `part` is not sharded yet on this device, with the first device's numbers."""
-        for module in part.modules():
-            for name, weight in module.named_parameters(recurse=False):
-                if isinstance(weight, DTensor):
-                    continue
-                assert not (weight.is_meta and self.is_global_zero), "the first device has all numbers"
-                whole = torch.empty_like(weight.data, device=self.root_device) if weight.is_meta else weight.data
-                whole = whole.to(self.root_device)
-                torch.distributed.broadcast(whole, src=0)
-                setattr(module, name, nn.Parameter(whole, requires_grad=weight.requires_grad))
+        """Shard `network` in place, once; all devices begin with the first one's weights."""
+        if not isinstance(network, FSDPModule):
+            mixed = str(self.precision_plugin.precision).startswith("bf16")
+            shard_network(network, self.device_mesh["data_parallel"], self.root_device, mixed=mixed)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a directory `step<update>.ckpt`, and make `filepath`, beside it, another name of it.
@@ -114,6 +91,39 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Set them."""
         Strategy.load_optimizer_state_dict(self, checkpoint)
+
+
+def shard_network(network: DalleTransformer, mesh: DeviceMesh, device: torch.device, *, mixed: bool) -> None:
+    """Shard a network in place: each block, then the rest.
+
+    Args:
+        network: With its numbers on the first device of `mesh`; elsewhere it may be on the meta device.
+        mesh: One dimension; all its devices must call this together.
+        device: That of this process.
+        mixed: Blocks multiply in bf16, so they are gathered in it.
+    """
+    # What enters a block stays as it is: the identity path is fp32 under autocast too.
+    in_blocks = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if mixed else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in cast("Iterable[Block]", network.blocks):
+        _take_from_first(block, device)
+        fully_shard(block, mesh=mesh, mp_policy=in_blocks)
+    _take_from_first(network, device)
+    fully_shard(network, mesh=mesh)
+    register_fsdp_forward_method(network, "losses")
+
+
+def _take_from_first(part: nn.Module, device: torch.device) -> None:
+    """Put what of `part` is not sharded yet on this device, with the first device's numbers."""
+    for module in part.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(weight, DTensor):
+                continue
+            assert torch.distributed.get_rank() or not weight.is_meta, "the first device has all numbers"
+            whole = torch.empty_like(weight.data, device=device) if weight.is_meta else weight.data.to(device)
+            torch.distributed.broadcast(whole, src=0)
+            setattr(module, name, nn.Parameter(whole, requires_grad=weight.requires_grad))
 
 
 def _empty_part(mesh: DeviceMesh, size: Sequence[int], dtype: torch.dtype) -> Tensor:
