@@ -1,10 +1,11 @@
 """Memory of each device with DDP and with FSDP, beside what `dalle1.plan` says: `make bench-memory`.
 
-Devices are processes on this CPU, in fp32. Each makes three updates of the network on random tokens, with gradient
+Devices are processes on this CPU, in fp32. Each makes two updates of the network on random tokens, with gradient
 clipping, AdamW and an average of the weights, as training does, sharded by what trains with `trainer=fsdp`. Memory is
 the peak of a process's resident set in these updates, less what it had before the network was built; the largest of all
-processes. Sequences are short, so that weights and what belongs to them is what counts. Other attention than a GPU's, and
-no memory of CUDA: what is compared is the arithmetic of the weights' state.
+processes. Glibc is told to give freed memory back at once: what it would keep in pieces, several times the weights with
+FSDP, is no memory that training needs, and a GPU's allocator is another. Sequences are short, so that weights and what
+belongs to them is what counts.
 
 Writes `memory.json` (command, machine, date, rows).
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +49,9 @@ OPTIONS = (
     ),
     *("text_seq_len=32", "grid_size=8", "compute.attention_backend=local", "trainer.precision=32-true"),
 )
-UPDATES = 3
+UPDATES = 2  # from the second on there are moments
+# Read when a process starts: larger pieces of memory come from the system, and go back to it.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
 
 
 class _Losses(nn.Module):
@@ -111,8 +115,14 @@ def measure(devices: int, *, sharded: bool) -> float:
             context.Process(target=_work, args=(results, updates, rank, devices, sharded, directory))
             for rank in range(devices)
         ]
-        for process in processes:
-            process.start()
+        before = dict(os.environ)
+        os.environ.update(ALLOCATOR)
+        try:
+            for process in processes:
+                process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
         for process in processes:
             process.join()
     if any(process.exitcode for process in processes):
