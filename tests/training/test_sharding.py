@@ -14,6 +14,7 @@ import torch
 from stage_runs import Train, TrainScript, last
 
 from dalle1.checkpoint import DamagedCheckpointError, load_transformer, read_checkpoint
+from dalle1.export import export
 from dalle1.sharded_files import read_sharded
 from dalle1.training.checkpoints import newest_whole
 
@@ -24,9 +25,9 @@ OPTIONS = (
     *(f"optim.max_steps={UPDATES}", "optim.eps=1e-2", "optim.variance_clip=5", "optim.grad_clip_norm=0.5"),
     *("optim.ema_interval=2", "optim.start_from_codebook=true", "optim.cache_image_tokens=false"),
     *("optim.caption_dropout=0", "trainer.val_check_interval=2", "+trainer.accumulate_grad_batches=2"),
-    *("callbacks.checkpoint.every_n_steps=10", "+callbacks.pictures.n_samples=1"),
-    "compute.activation_checkpointing=true",
+    *("callbacks.checkpoint.every_n_steps=10", "compute.activation_checkpointing=true"),
 )
+PICTURES = "+callbacks.pictures.n_samples=1"
 TWO = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "optim.batch_size=2")
 ONE = ("optim.batch_size=4",)
 
@@ -54,12 +55,12 @@ def logged(results: Path, *names: str) -> dict[str, list[float]]:
 def whole(train_script: TrainScript, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty updates on two devices."""
     results = started(trained, tmp_path_factory.mktemp("whole"))
-    train_script(results, "transformer", *OPTIONS, *TWO)
+    train_script(results, "transformer", *OPTIONS, *TWO, "~callbacks.pictures")
     return results
 
 
 def test_losses_are_those_of_one_process(whole: Path, train: Train, trained: Path, tmp_path: Path) -> None:
-    summary = train(started(trained, tmp_path), "transformer", *OPTIONS, *ONE)
+    summary = train(started(trained, tmp_path), "transformer", *OPTIONS, *ONE, "~callbacks.pictures")
     names = ("val/loss", "val/image_nats_per_token", "train/grad_norm", "train/lr")
     sharded, expected = logged(whole, *names), logged(tmp_path, *names)
     for name in names:
@@ -81,10 +82,12 @@ def test_stopped_run_goes_on_as_if_it_had_not_been(
 ) -> None:
     results = started(trained, tmp_path)
     kill = ("+callbacks.kill._target_=killing.KillAt", "+callbacks.kill.step=12", "+callbacks.kill.rank=1")
-    said = train_script(results, "transformer", *OPTIONS, *TWO, *kill)
+    # Pictures, which the first device draws, change nothing.
+    said = train_script(results, "transformer", *OPTIONS, *TWO, PICTURES, *kill)
     assert "SIGTERM has stopped 'transformer' after update 13, which is saved" in said
     assert last(results, "transformer").readlink() == Path("step0000013.ckpt")
-    assert "from step 13" in train_script(results, "transformer", *OPTIONS, *TWO)
+    assert "from step 13" in train_script(results, "transformer", *OPTIONS, *TWO, PICTURES)
+    assert (results / "transformer" / "pictures" / f"samples-step{UPDATES:07d}.png").is_file()
     expected = tensors_of(read_sharded(last(whole, "transformer")))
     resumed = tensors_of(read_sharded(last(results, "transformer")))
     n_weights = sum(name.startswith("/ema/") for name in expected)
@@ -93,11 +96,6 @@ def test_stopped_run_goes_on_as_if_it_had_not_been(
     assert resumed.keys() == expected.keys()
     different = [name for name, tensor in expected.items() if not torch.equal(resumed[name], tensor)]
     assert not different
-
-
-def test_pictures_are_drawn_by_the_first_device(whole: Path) -> None:
-    pictures = [path.name for path in (whole / "transformer" / "pictures").iterdir()]
-    assert f"samples-step{UPDATES:07d}.png" in pictures
 
 
 def test_checkpoints_are_directories_that_stay_by_number(whole: Path) -> None:
@@ -167,6 +165,11 @@ def test_network_is_read_without_the_optimizer(whole: Path) -> None:
     for name, average in everything["ema"].items():
         assert torch.equal(weights[name], average)
         assert not torch.equal(weights[name], everything["state_dict"][f"model.{name}"]) or not average.any()
+
+
+def test_export_is_the_average_in_one_file(whole: Path, tmp_path: Path) -> None:
+    export(whole / "transformer", tmp_path / "out")
+    assert load_transformer(tmp_path / "out").sha256 == load_transformer(last(whole, "transformer")).sha256
 
 
 def test_another_run_does_not_go_on_from_it(whole: Path, train: Train, trained: Path, tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ class EMA(pl.Callback):
 
 
 def _weights(pl_module: pl.LightningModule) -> list[tuple[str, Tensor]]:
-    """The weights that training changes, by their names in the network."""
+    """The weights that training changes, by their names in the network; where it is sharded, this device's parts."""
+    forget_gathered(pl_module)
     network: torch.nn.Module = pl_module.model  # type: ignore[assignment]
     return [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
 
@@ -98,4 +99,3 @@ def _weights(pl_module: pl.LightningModule) -> list[tuple[str, Tensor]]:
 def _copy_into(pl_module: pl.LightningModule, values: dict[str, Tensor]) -> None:
     for name, weight in _weights(pl_module):
         weight.copy_(values[name])
-    forget_gathered(pl_module)

@@ -156,7 +156,10 @@ def in_whole(tensor: Tensor) -> Tensor:
 
 
 def forget_gathered(pl_module: pl.LightningModule) -> None:
-    """Give up weights still gathered after a forward pass without a backward pass: their parts have changed."""
+    """Give up what is gathered; after a forward pass without a backward pass that is so, and weights are whole.
+
+    Only parts may be changed: the next forward pass would not see what becomes of them.
+    """
     if isinstance(pl_module.model, FSDPModule):
         pl_module.model.reshard()
 
