@@ -49,8 +49,17 @@ LAYERS = [
 # Where each framework may appear; everything else is plain PyTorch.
 ALLOWED = {
     "pytorch_lightning": ("training", "data.datamodule"),
-    "hydra": ("cli", "data.inspect", "training.run", "training.trainer"),
-    "omegaconf": ("cli", "data.inspect", "sample", "training.run", "training.trainer", "plan"),
+    "hydra": ("cli", "data.inspect", "training.run", "training.trainer", "training.launch"),
+    "omegaconf": (
+        "cli",
+        "data.inspect",
+        "sample",
+        "training.run",
+        "training.trainer",
+        "training.launch",
+        "training.ranks",
+        "plan",
+    ),
     "wandb": ("training.logging",),
     "webdataset": ("data",),
     "transformers": ("rerank.hf_clip",),

@@ -50,6 +50,8 @@ def test_the_transformer_that_is_compared_is_as_large_as_its_peer() -> None:
         ("data_soak.py", ["--batches", "10"], "error: --batches must be >= 1000, got 10"),
         ("transformer_loss.py", ["--minutes", "0"], "error: --minutes must be > 0, got 0.0"),
         ("transformer_loss.py", ["--updates", "3"], "error: --updates must be >= 200, got 3"),
+        ("communication.py", ["--updates", "3"], "error: --updates must be >= 200, got 3"),
+        ("communication.py", ["--seeds", "1"], "error: --seeds must be >= 2, got 1"),
         ("sampling.py", ["--repeats", "0"], "error: --repeats must be >= 1, got 0"),
         ("gpu.py", ["--batch", "0"], "error: --batch must be >= 1, got 0"),
         ("gpu.py", ["--steps", "0"], "error: --steps must be >= 1, got 0"),

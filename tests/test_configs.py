@@ -25,6 +25,7 @@ from dalle1.models.dvae import DVAE, DVAEConfig
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
 from dalle1.rerank.choose import Kind
 from dalle1.tokenizers.text import TextTokenizerConfig
+from dalle1.training.communication import Communication
 from dalle1.training.dvae_module import DVAEOptimConfig
 from dalle1.training.optim import OptimConfig
 from dalle1.training.run import build
@@ -127,6 +128,7 @@ def test_every_choice_composes_and_builds(path: Path, tmp_path: Path, monkeypatc
                 "model": MODEL_TYPES.get(stage),
                 "optim": OPTIM_TYPES.get(stage),
                 "compute": ComputeConfig,
+                "communication": Communication,
                 "filters": FilterConfig,
             }[group],
         )
@@ -140,7 +142,11 @@ def test_every_yaml_is_covered() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for group in ("model", "optim", "data", "compute") for path in sorted((CONF / group).glob("*.yaml"))],
+    [
+        path
+        for group in ("model", "optim", "data", "compute", "communication")
+        for path in sorted((CONF / group).glob("*.yaml"))
+    ],
     ids=lambda path: f"{path.parent.name}={path.stem}",
 )
 def test_every_field_of_a_configuration_is_written_down(path: Path) -> None:

@@ -67,6 +67,16 @@ def test_training_is_what_the_options_say() -> None:
     assert training("trainer.precision=32-true", "optim.resblock_gradient_scaling=true").mixed
 
 
+def test_way_to_send_is_counted() -> None:
+    plain, less = (plan(composed("experiment=paper", *CLUSTER, *more)) for more in ((), ("communication=powersgd",)))
+    assert "each GPU sends per update: DDP 97.6 GB" in plain
+    assert "each GPU sends per update: DDP 17.9 GB" in less
+    assert "not sent yet" not in _rows(plain)
+    # In each of 64 layers: an error buffer for 12 matrices, and Q of 896 columns for as many rows.
+    kept = 4 * 64 * (12 * 3968**2 + 12 * 3968 * 896)
+    assert _rows(less)["not sent yet"][0] == f"{kept / 1e9:.1f}"
+
+
 def test_tables_show_the_four_ways_and_which_of_them_fit() -> None:
     text = plan(composed("experiment=paper", "model=transformer_paper_2.8b", *CLUSTER))
     rows = _rows(text)

@@ -28,6 +28,8 @@ STATUS = RunStatus(
     seconds_left=7500.0,
     checkpoint_step=1000,
     checkpoint_time=NOW - 90,
+    best_value=-1.5,
+    best_step=1200,
     host=socket.gethostname(),
     pid=os.getpid(),
     started=NOW - 3000,
@@ -57,8 +59,19 @@ def test_table_has_a_line_for_each_run(tmp_path: Path) -> None:
         [str(tmp_path / "b" / "dvae"), "training"],
         [str(tmp_path / "c"), "failed"],
     ]
-    for part in ("1,500 of 6,000", "25%", "-1.25", "58.9", "1.2%", "2 h 5 min", "1,000, 1 min ago", "4 s ago"):
+    for part in (
+        "1,500 of 6,000",
+        "25%",
+        "-1.25",
+        "58.9",
+        "1.2%",
+        "2 h 5 min",
+        "1,000, 1 min ago",
+        "-1.5 at 1,200",
+        "4 s ago",
+    ):
         assert part in lines[3], part
+    assert "-1.5 at 1,200" in lines[3]
     assert lines[5] == f"{tmp_path / 'c'}: ValueError: loss must be finite"
     assert "100%" in lines[2]
     assert "min ago" not in lines[2], "no checkpoint is known"

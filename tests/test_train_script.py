@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import runpy
-import subprocess
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from launching import SCRIPT, call, srun, torchrun
 
 from dalle1.checkpoint import load_dvae, load_transformer, read_checkpoint, weights_sha256
 from dalle1.data.dataset import PairDataset
@@ -22,8 +22,6 @@ from dalle1.data.transforms import to_unit_interval
 from dalle1.evaluation.codebook_usage import codebook_usage
 from dalle1.evaluation.image_quality import psnr_db, squared_error
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "train.py"
 TINY = (
     *("image_size=16", "grid_size=2", "image_vocab_size=16", "text_vocab_size=300", "text_seq_len=64"),
     *("data.recipe.image_size=16", "data.recipe.train_samples=24", "data.recipe.val_samples=4"),
@@ -52,20 +50,12 @@ def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     return run
 
 
-def _call(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "training")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], cwd=cwd, env=environment, capture_output=True, text=True
-    )
-
-
 def test_stages_and_a_sweep_write_their_results(tmp_path: Path) -> None:
-    done = _call(tmp_path, "stage=tokenizer", *TINY)
+    done = call(tmp_path, "stage=tokenizer", *TINY)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "shapes" / "tokenizer" / "tokenizer.json").is_file()
 
-    done = _call(tmp_path, "-m", *TINY_DVAE, *TINY, "optim.lr=1e-3,2e-3")
+    done = call(tmp_path, "-m", *TINY_DVAE, *TINY, "optim.lr=1e-3,2e-3")
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
     for job in ("0", "1"):
@@ -78,7 +68,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     start = ["optim.max_steps=4", "optim.codebook_start_step=2", "optim.codebook_start_pictures=16"]
     # An odd number of pictures: means over ranks must weigh them.
     start += ["data.recipe.val_samples=5"]
-    done = _call(tmp_path, *TINY_DVAE, *TINY, *start, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    done = call(tmp_path, *TINY_DVAE, *TINY, *start, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "shapes" / "dvae"
     summary = json.loads((run / "summary.json").read_text())
@@ -98,23 +88,72 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert summary["dead_codes"] == usage.n_dead
 
 
-def test_signal_to_one_of_two_processes_stops_both_which_then_go_on_as_if_it_had_not_come(tmp_path: Path) -> None:
+def test_run_of_two_processes_that_a_signal_stops_goes_on_under_other_launchers_as_if_nothing_had_been(
+    tmp_path: Path,
+) -> None:
     options = [*TINY_DVAE, *TINY, "optim.max_steps=6", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     kill = ["+callbacks.kill._target_=killing.KillAt", "+callbacks.kill.step=2", "+callbacks.kill.rank=1"]
-    for run, extra in (("stopped", kill), ("stopped", []), ("whole", [])):
-        done = _call(tmp_path, *options, *extra, f"run_dir={tmp_path / run}")
-        assert done.returncode == 0, done.stderr
-        if extra:
-            assert "SIGTERM has stopped 'stopped' after update 3, which is saved" in done.stdout
-    whole, stopped = (read_checkpoint(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("whole", "stopped"))
-    assert stopped["global_step"] == whole["global_step"] == 6
+    stopped, whole = [*options, f"run_dir={tmp_path / 'stopped'}"], [*options, f"run_dir={tmp_path / 'whole'}"]
+
+    # A signal to one of them stops both.
+    done = call(tmp_path, *stopped, *kill)
+    assert done.returncode == 0, done.stderr
+    assert "SIGTERM has stopped 'stopped' after update 3, which is saved" in done.stdout
+
+    # One process with other options, as on a node where somebody has mistyped them, is refused by all.
+    refused = srun(tmp_path, stopped, [*stopped, "trainer.val_check_interval=7"])
+    assert refused.returncode == 1
+    assert "process 1 has another trainer.val_check_interval (7, not 1000)" in refused.stderr
+
+    done = srun(tmp_path, stopped, stopped)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("continuing 'stopped' from step 3") == 1
+    done = torchrun(tmp_path, *whole)
+    assert done.returncode == 0, done.stderr
+
+    of_stopped, of_whole = (
+        read_checkpoint(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("stopped", "whole")
+    )
+    assert of_stopped["global_step"] == of_whole["global_step"] == 6
     for part in ("state_dict", "ema"):
-        assert weights_sha256(stopped[part]) == weights_sha256(whole[part])
+        assert weights_sha256(of_stopped[part]) == weights_sha256(of_whole[part])
+
+
+def test_process_that_dies_ends_its_job_of_a_sweep_and_not_the_sweep(tmp_path: Path) -> None:
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    kill = ["+callbacks.kill._target_=killing.KillAt", "+callbacks.kill.step=1,9", "+callbacks.kill.rank=1"]
+    done = call(tmp_path, "-m", *TINY_DVAE, *TINY, *two, *kill, f"+callbacks.kill.number={int(signal.SIGKILL)}")
+    assert done.returncode == 1
+    (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
+    assert "error: all ranks must go on together, rank 1 has ended by SIGKILL; what it has said is above" in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"error: the job in '{(sweep / '0').relative_to(tmp_path)}' must end well, it has ended with exit code 1; "
+        "see above"
+    )
+    assert not (sweep / "0" / "summary.json").exists()
+    assert json.loads((sweep / "1" / "summary.json").read_text())["step"] == 2
+
+
+def test_rank_that_stops_answering_is_named_and_ends_the_run(tmp_path: Path) -> None:
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "callbacks.hang_watch.timeout_minutes=0.05"]
+    stop = ["+callbacks.kill._target_=killing.KillAt", "+callbacks.kill.step=1", "+callbacks.kill.rank=1"]
+    done = call(tmp_path, *TINY_DVAE, *TINY, *two, *stop, f"+callbacks.kill.number={int(signal.SIGSTOP)}")
+    assert done.returncode == 1
+    assert "minutes: the others wait for rank 1 (on " in done.stderr
+    assert "), which says nothing any more; the last that it said is that it " in done.stderr
+
+
+def test_sweep_of_processes_that_somebody_else_has_started_is_refused(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert "a sweep must be one process, got several from torchrun or srun" in fails("-m", "stage=dvae", "seed=1,2")
 
 
 def test_transformer_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     for arguments in (["stage=tokenizer"], TINY_DVAE):
-        done = _call(tmp_path, *arguments, *TINY)
+        done = call(tmp_path, *arguments, *TINY)
         assert done.returncode == 0, done.stderr
     options = ["model.d_model=16", "model.n_heads=2", "optim.max_steps=6", "optim.warmup_steps=1"]
     # Halves the rate after every second update, on both ranks or they part.
@@ -126,9 +165,7 @@ def test_transformer_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     for processes in (1, 2):
         run = tmp_path / str(processes)
         split = ["trainer=ddp", f"trainer.devices={processes}", f"optim.batch_size={4 // processes}"]
-        done = _call(
-            tmp_path, "stage=transformer", *TINY, *split, "trainer.accelerator=cpu", *options, f"run_dir={run}"
-        )
+        done = call(tmp_path, "stage=transformer", *TINY, *split, "trainer.accelerator=cpu", *options, f"run_dir={run}")
         assert done.returncode == 0, done.stderr
         with next(run.glob("logs/*/metrics.csv")).open() as file:
             rates = [float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]]

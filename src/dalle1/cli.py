@@ -30,7 +30,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-_MULTIRUN_FLAGS = ("-m", "--multirun")
+MULTIRUN_FLAGS = ("-m", "--multirun")
 _HYDRA_FLAGS = (
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
     *("--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun"),
@@ -69,7 +69,7 @@ def run_script(
     with errors_in_one_line():
         sys.argv[1:] = quote_options(arguments, text_options=text_options, path_options=path_options)
         # In a sweep Hydra itself must see a failed job, to go on with the others.
-        sweep = any(flag in arguments for flag in _MULTIRUN_FLAGS)
+        sweep = any(flag in arguments for flag in MULTIRUN_FLAGS)
         guarded = task if sweep else errors_in_one_line()(task)
         main = hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(guarded)
         with _hydra_raises():
@@ -93,7 +93,7 @@ def quote_options(
     Raises: OptionError for an option written `--name`, and for the text `???`, which Hydra cannot tell from a
         missing value.
     """
-    sweep = any(flag in arguments for flag in _MULTIRUN_FLAGS)
+    sweep = any(flag in arguments for flag in MULTIRUN_FLAGS)
     quoted = []
     for argument in arguments:
         name, separator, value = argument.partition("=")
@@ -189,8 +189,15 @@ def errors_in_one_line() -> Iterator[None]:
         message = describe(error)
         if message is None or _wants_traceback():
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error{_on_rank()}: {message}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, _USAGE_ERRORS) else 1) from error
+
+
+def _on_rank() -> str:
+    """Which of several processes this is, but for the first one: the same mistake is said by all of them."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    rank = next((os.environ[name] for name in names if name in os.environ), "0")
+    return "" if rank == "0" else f" on rank {rank}"
 
 
 def describe(error: BaseException) -> str | None:

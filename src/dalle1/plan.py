@@ -16,6 +16,7 @@ from dalle1.cli import errors_in_one_line, run_script
 from dalle1.models.accounting import Weights, count_flops, count_weights
 from dalle1.models.attention import resolve_backend
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
+from dalle1.training.communication import Communication, handed_bytes, kept_bytes
 from dalle1.training.cost import (
     Hardware,
     Training,
@@ -36,6 +37,7 @@ _MEMORY_ROWS = {
     "gathered_weights": "gathered weights",
     "gradients": "gradients",
     "buckets": "their copies to send",
+    "unsent": "not sent yet",
     "moments": "Adam's moments",
     "average": "average",
     "activations": "activations",
@@ -67,16 +69,16 @@ def plan(cfg: DictConfig) -> str:
 def training_of(cfg: DictConfig) -> Training:
     """What of a configuration decides its cost. Raises: as `plan`."""
     model, optim = build(cfg, "model", TransformerConfig), build(cfg, "optim", TransformerOptimConfig)
-    compute = build(cfg, "compute", ComputeConfig)
+    compute, communication = build(cfg, "compute", ComputeConfig), build(cfg, "communication", Communication)
     precision = str(cfg.trainer.precision)
     check_precision(precision, optim)
     if precision not in ("32", "32-true", "bf16-mixed"):
         raise ValueError(f"trainer.precision must be 32-true or bf16-mixed for a plan, got {precision}")
     with torch.device("meta"):
-        weights = count_weights(DalleTransformer(model))
+        network = DalleTransformer(model)
     return Training(
         model=model,
-        weights=weights,
+        weights=count_weights(network),
         devices=_count(cfg, "devices") * _count(cfg, "num_nodes"),
         batch_size=optim.batch_size,
         passes=_count(cfg, "accumulate_grad_batches"),
@@ -88,6 +90,8 @@ def training_of(cfg: DictConfig) -> Training:
         ),
         mixed=precision == "bf16-mixed" or optim.resblock_gradient_scaling,
         has_average=optim.ema_decay > 0,
+        handed_bytes=handed_bytes(communication, network),
+        kept_bytes=kept_bytes(communication, network),
     )
 
 

@@ -35,6 +35,8 @@ class RunStatus:
     seconds_left: float | None  # at the mean pace of this start, validation and checkpoints included
     checkpoint_step: int | None  # of the last one that this start has written
     checkpoint_time: float | None
+    best_value: float | None = None  # of the metric by which `best.ckpt` is chosen
+    best_step: int | None = None
     host: str
     pid: int  # of the first device's process
     started: float  # this start
@@ -69,7 +71,7 @@ def read_status(path: Path) -> RunStatus:
     """What a `status.json` says. Raises: ValueError if it is none."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        status = RunStatus(**{field.name: content[field.name] for field in fields(RunStatus)})
+        status = RunStatus(**{field.name: content[field.name] for field in fields(RunStatus) if field.name in content})
         time.localtime(status.updated)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(f"'{path}' must be a run's {STATUS}, it is not ({error!r})") from error

@@ -12,7 +12,21 @@ from tabulate import tabulate
 from dalle1.cli import errors_in_one_line
 from dalle1.run_status import STATUS, RunStatus, find_statuses, read_status
 
-_HEADERS = ("run", "state", "update", "", "loss", "samples/s", "wait", "mfu", "left", "checkpoint", "where", "said")
+_HEADERS = (
+    "run",
+    "state",
+    "update",
+    "",
+    "loss",
+    "samples/s",
+    "wait",
+    "mfu",
+    "left",
+    "checkpoint",
+    "best",
+    "where",
+    "said",
+)
 
 
 def table_of(directories: Sequence[str], *, now: float) -> str:
@@ -56,6 +70,7 @@ def _row(run: str, status: RunStatus, now: float) -> tuple[str, ...]:
         "" if status.mfu is None else f"{status.mfu:.0%}",
         _span(status.seconds_left) if is_going and status.seconds_left is not None else "",
         "" if None in checkpoint else f"{checkpoint[0]:,}, {_span(now - (checkpoint[1] or now))} ago",
+        "" if status.best_value is None else f"{status.best_value:.4g} at {status.best_step:,}",
         f"{status.host}, {status.pid}",
         f"{_span(now - status.updated)} ago",
     )

@@ -69,10 +69,14 @@ def test_curves_of_all_starts_are_drawn(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
     )
-    (tmp_path / "0.csv").write_text("epoch,step,train/loss,val/loss,val/ssim\n0,10,3.0,,\n0,20,2.0,2.5,0.5\n0,30,9,,\n")
-    (tmp_path / "1.csv").write_text("epoch,step,train/loss\n0,30,1.0\n")
+    first = "epoch,step,train/loss,val/loss,val/ssim\n0,10,3.0,,\n0,20,2.0,2.5,0.5\n0,30,9,,\n"
+    # Their order is that of their numbers.
+    for version, text in ((9, first), (10, "epoch,step,train/loss\n0,30,1.0\n")):
+        log = tmp_path / "logs" / f"version_{version}" / "metrics.csv"
+        log.parent.mkdir(parents=True)
+        log.write_text(text)
 
-    save_curves([tmp_path / "0.csv", tmp_path / "1.csv"], tmp_path / "curves.png")
+    save_curves(tmp_path, tmp_path / "curves.png")
 
     axes = {each.get_title(): each for each in figures[0].axes}
     assert set(axes) == {"loss", "ssim"}

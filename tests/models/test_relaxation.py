@@ -57,6 +57,27 @@ def test_values_and_gradients_equal_those_of_separate_operations(inputs: list[Te
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [5 * 7, 12 * 7, 30 * 7])  # positions of a sample: 12
+def test_noise_of_a_sample_with_a_generator_of_its_own_is_the_same_in_any_batch(
+    inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setitem(relaxation._CHUNK_ELEMENTS, "cpu", chunk)
+    features = torch.cat([inputs[0].detach()] * 2)
+
+    def relax(samples: slice) -> Tensor:
+        generators = [torch.Generator().manual_seed(place) for place in range(4)][samples]
+        return relaxed_codes(features[samples], *inputs[1:], temperature=0.5, generator=generators)[0]
+
+    whole = relax(slice(0, 4))
+    torch.testing.assert_close(torch.cat([relax(slice(0, 1)), relax(slice(1, 4))]), whole, rtol=0, atol=1e-14)
+    assert not torch.equal(whole[:2], whole[2:]), "equal samples have other noise"
+
+
+def test_generators_must_be_as_many_as_samples(inputs: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="a generator for each of the 2 samples, got 3"):
+        relaxed_codes(*inputs, temperature=0.5, generator=[generator()] * 3)
+
+
 def test_chunks_give_the_same_values_and_gradients_as_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     # 16 codes: the CPU's generator draws whole groups of 16 numbers alike, wherever they begin.
     shapes = ((10, 5), (16, 5), (16,), (16, 6))

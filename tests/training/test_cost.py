@@ -36,7 +36,16 @@ def training() -> Training:
     with torch.device("meta"):
         weights = count_weights(DalleTransformer(MODEL))
     return Training(
-        model=MODEL, weights=weights, devices=4, batch_size=6, passes=2, backend="flex", mixed=True, has_average=True
+        model=MODEL,
+        weights=weights,
+        devices=4,
+        batch_size=6,
+        passes=2,
+        backend="flex",
+        mixed=True,
+        has_average=True,
+        handed_bytes=4 * weights.total,
+        kept_bytes=0,
     )
 
 
@@ -100,6 +109,15 @@ def test_ddp_sends_gradients_once_an_update_and_fsdp_weights_and_gradients_in_ev
     assert count_communication(training, sharded=True) == 2 * mixed * 3 // 4
     full = (4 + 4) * blocks + 4 * ends + 4 * weights
     assert count_communication(replace(training, mixed=False), sharded=True) == 2 * full * 3 // 4
+
+
+def test_sending_less_is_cheaper_for_ddp_and_what_it_keeps_takes_memory(training: Training) -> None:
+    less = replace(training, handed_bytes=1000, kept_bytes=700)
+    assert count_communication(less, sharded=False) == 2 * 1000 * 3 // 4
+    assert count_memory(less, sharded=False, recompute=True).unsent == 700
+    for way in ({"sharded": True}, {"sharded": False}):
+        alone = replace(less, devices=1) if not way["sharded"] else less
+        assert count_memory(alone, recompute=True, **way).unsent == 0
 
 
 def test_time_is_operations_by_what_devices_do(training: Training) -> None:

@@ -15,7 +15,8 @@ from dalle1.training.checkpoints import LastCheckpoint
 
 
 def names(results: Path) -> list[str]:
-    return sorted(path.name for path in (results / "dvae" / "checkpoints").iterdir())
+    paths = (results / "dvae" / "checkpoints").iterdir()
+    return sorted(path.name for path in paths if path.stem != "best")
 
 
 @pytest.fixture

@@ -56,6 +56,21 @@ def test_halves_after_as_many_windows_without_an_improvement_as_it_has_patience(
     assert shares(make_plateau(), losses) == [1.0] * 9 + [0.5] * 3
 
 
+def test_bad_update_is_in_no_window(make_plateau: Callable[..., PlateauHalving]) -> None:
+    plateau = make_plateau()
+    losses = [2.0, 4.0, 2.0, 2.0, 1.9, float("nan"), 1.9, 1.8, 1.85, 3.0, 1.0]
+    seen = []
+    for loss in losses:
+        plateau.add(torch.tensor(loss))
+        if loss != loss:
+            plateau.drop_update()
+        plateau.end_update()
+        seen.append(plateau.share)
+    # As without it, an update later: see the test above.
+    assert seen == [1.0] * 10 + [0.5]
+    assert plateau.state_dict()["updates"] == 10
+
+
 def test_improvement_renews_its_patience(make_plateau: Callable[..., PlateauHalving]) -> None:
     windows = [1.0, 1.0, 1.0, 0.8, 0.8, 0.8, 0.8]
     assert shares(make_plateau(plateau_window=1), windows) == [1.0] * 6 + [0.5]

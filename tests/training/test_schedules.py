@@ -8,7 +8,7 @@ import pytest
 
 from dalle1.training.optim import OptimConfig
 from dalle1.training.schedules import cosine, warmup_cosine
-from dalle1.training.stage_module import step_seed
+from dalle1.training.stage_module import derive_seed
 
 NUMBERS = {
     "batch_size": 4,
@@ -90,7 +90,8 @@ def test_number_in_quotes_is_refused() -> None:
         OptimConfig(**(NUMBERS | {"max_steps": "10"}))
 
 
-def test_randomness_of_a_step_differs_by_seed_rank_and_step() -> None:
-    seeds = {step_seed(seed, rank, step) for seed in (0, 1, 20240101) for rank in (0, 1) for step in range(50)}
-    assert len(seeds) == 300
+def test_seeds_differ_by_everything_that_they_are_made_of() -> None:
+    seeds = {derive_seed(seed, step, place) for seed in (0, 1, 20240101) for place in (0, 1) for step in range(50)}
+    seeds |= {derive_seed(0, 1, 1, "val"), derive_seed(0, 11)}
+    assert len(seeds) == 302, "1, 2 is another list than 12"
     assert max(seeds) < 2**32, "more bits would be ignored on a CPU"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -96,13 +96,11 @@ def save_picture(picture: Image.Image, path: Path, *, text: Mapping[str, str] | 
         picture.save(temporary, format="PNG", pnginfo=info)
 
 
-def save_curves(metrics_csvs: Sequence[Path], path: Path) -> None:
-    """Draw every logged quantity of a run over its steps, training and validation in one plot each.
-
-    Reads the files that Lightning's CSVLogger writes, one for every start of the run; writes a PNG."""
+def save_curves(run_dir: Path, path: Path) -> None:
+    """Draw every logged quantity of a run over its steps, training and validation in one plot each; writes a PNG."""
     import matplotlib.figure
 
-    curves = _read_curves(metrics_csvs)
+    curves = read_curves(run_dir)
     names = sorted({name.partition("/")[2] for name in curves})
     last_step = max(points[-1][0] for points in curves.values())
     columns = 4
@@ -124,10 +122,13 @@ def save_curves(metrics_csvs: Sequence[Path], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=90)
 
 
-def _read_curves(metrics_csvs: Sequence[Path]) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) pairs of each quantity by step; where a run was resumed, the later file holds."""
+def read_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) pairs of each quantity that a run has logged, by step.
+
+    Of the files that Lightning's CSVLogger writes, one for every start of the run; the later one holds."""
+    starts = run_dir.glob("logs/version_*/metrics.csv")
     curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for metrics_csv in metrics_csvs:
+    for metrics_csv in sorted(starts, key=lambda path: int(path.parent.name.removeprefix("version_"))):
         with open(metrics_csv, newline="") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():

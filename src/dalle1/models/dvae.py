@@ -8,7 +8,7 @@ Shapes: b batch, h w pixels, gh gw token grid (h / downsampling, w / downsamplin
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -216,12 +216,16 @@ class DVAE(nn.Module):
         return most_likely_codes(self.features(image), self._head_weight, self._head_bias)
 
     def relaxed(
-        self, image: Float[Tensor, "b 3 h w"], *, temperature: float, generator: torch.Generator | None = None
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        *,
+        temperature: float,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> tuple[Float[Tensor, "b 6 h w"], Float[Tensor, "b gh gw"]]:
         """Likelihood parameters from relaxed codes, and the KL divergence of each position's logits to uniform.
 
         The relaxation and the two 1x1 convolutions around it are in fp32 whatever the precision (paper, app. A.2).
-        Raises: ValueError unless temperature > 0, and as `features`."""
+        There may be one generator for each picture. Raises: as `relaxed_codes` and `features`."""
         vectors, kl = relaxed_codes(
             self.features(image),
             self._head_weight,

@@ -107,6 +107,10 @@ class ResblockScaling(nn.Module):
         """The scale of one of them, for `residual`."""
         return ResblockScale(self, index)
 
+    def by_weight(self) -> dict[nn.Parameter, Tensor]:
+        """The scale that each weight's gradient has until `unscale`: views of `scales` where they are now."""
+        return {weight: self.scales[index] for index, weights in enumerate(self._weights) for weight in weights}
+
     @torch.no_grad()
     def unscale(self) -> bool:
         """Take the scales out of the gradients, adapt them, and return whether the update can be made.

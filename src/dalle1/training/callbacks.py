@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dalle1.data.preparation import collate
 from dalle1.evaluation.pictures import save_picture
+from dalle1.training.disk_full import going_on_if_disk_is_full
 from dalle1.training.sharding import whole_network
 from dalle1.training.stage_module import StageModule
 
@@ -91,4 +92,6 @@ class ValidationPictures(pl.Callback):
         with trainer.precision_plugin.forward_context():  # as in validation
             pictures = pl_module.draw_pictures(batch)
         for name, picture in pictures.items():
-            save_picture(picture, self.directory / f"{name}-step{trainer.global_step:07d}.png")
+            path = self.directory / f"{name}-step{trainer.global_step:07d}.png"
+            with going_on_if_disk_is_full(path):
+                save_picture(picture, path)

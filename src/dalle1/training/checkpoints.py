@@ -7,21 +7,31 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 
 from dalle1.atomic_files import atomic
 from dalle1.checkpoint import DamagedCheckpointError, read_checkpoint
 from dalle1.data.fields import require_int
 from dalle1.sharded_files import find_damage, is_sharded, read_plain, read_sharded
+from dalle1.training.disk_full import (
+    describe_full_disk,
+    full_disk_error,
+    going_on_if_disk_is_full,
+    is_disk_full,
+    save_if_possible,
+)
+from dalle1.training.sharded_checkpoints import point_to
 
 logger = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
+OnDiskFull = Literal["continue", "stop"]
 
 
 class LastCheckpoint(pl.Callback):
@@ -31,7 +41,13 @@ class LastCheckpoint(pl.Callback):
     """
 
     def __init__(
-        self, directory: str, every_n_steps: int, *, keep_last: int = 2, keep_every_n_steps: int | None = None
+        self,
+        directory: str,
+        every_n_steps: int,
+        *,
+        keep_last: int = 2,
+        keep_every_n_steps: int | None = None,
+        on_disk_full: OnDiskFull = "continue",
     ) -> None:
         """Save into `directory`.
 
@@ -40,6 +56,7 @@ class LastCheckpoint(pl.Callback):
             every_n_steps: Updates between two of them, >= 1.
             keep_last: How many stay, >= 1; the one before the last is gone on from if the last one is damaged.
             keep_every_n_steps: Those after a multiple of so many updates stay for good; a multiple of `every_n_steps`.
+            on_disk_full: Whether training goes on without a checkpoint that cannot be written, or stops.
 
         Raises: TypeError or ValueError for other numbers.
         """
@@ -53,54 +70,106 @@ class LastCheckpoint(pl.Callback):
                     f"{name}.keep_every_n_steps must be a multiple of every_n_steps, {every_n_steps}, or nothing is "
                     f"saved then, got {keep_every_n_steps}"
                 )
+        if on_disk_full not in get_args(OnDiskFull):
+            raise ValueError(f"{name}.on_disk_full must be continue or stop, got {on_disk_full!r}")
         self.path = Path(directory) / LAST
         self.every_n_steps = every_n_steps
         self.last_saved = 0  # update after which this start saved last
+        self._failed_at = 0  # update after which the disk was full
         self._keep_last = keep_last
         self._keep_every = keep_every_n_steps
+        self._stops_if_full = on_disk_full == "stop"
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time."""
-        step = trainer.global_step
-        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+        """Save if it is time; where a validation is due, after that, or a run that goes on would leave it out."""
+        if not is_validation_due(trainer):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if it is time; `EMA`, which stands before, has put the trained weights back."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
+        if self.is_due(trainer):
             self.save(trainer)
 
+    def is_due(self, trainer: pl.Trainer) -> bool:
+        """Whether this update has a checkpoint."""
+        step = trainer.global_step
+        return step % self.every_n_steps == 0 or step == trainer.max_steps
+
     def save(self, trainer: pl.Trainer) -> None:
-        """Save the state after this update, once; all devices must call this together."""
-        if trainer.global_step != self.last_saved:
-            self.last_saved = trainer.global_step
-            trainer.save_checkpoint(self.path)
-            if trainer.is_global_zero:
-                self._keep(trainer.global_step)
+        """Save the state after this update, once; all devices must call this together.
+
+        Raises: OSError on all devices if the disk is full and that is to stop the run.
+        """
+        if trainer.global_step in (self.last_saved, self._failed_at):
+            return
+        for each in trainer.loggers:  # what they hold back would be missing where the run goes on from here
+            each.save()
+        if failure := save_if_possible(trainer, self.path):
+            self._failed_at = trainer.global_step
+            self.tell_failure(failure)
+            return
+        self.last_saved = trainer.global_step
+        if trainer.is_global_zero:
+            self._keep(trainer.global_step)
+
+    def tell_failure(self, failure: str) -> None:
+        """A checkpoint could not be written. Raises: OSError if that is to stop the run."""
+        if self._stops_if_full:
+            raise full_disk_error(failure)
+        rank_zero_only(logger.warning)(f"{failure}; training goes on, the next one is tried in its turn")
 
     def _keep(self, step: int) -> None:
         """Give what was saved its second name, and remove those that are to go."""
         kept = self.path.with_name(f"step{step:07d}.ckpt")
-        if not is_sharded(self.path):  # a directory has that name already
-            _remove(kept)
-            try:
-                os.link(self.path, kept)
-            except OSError:  # not every file system has links
-                with atomic(kept) as temporary:
-                    shutil.copyfile(self.path, temporary)
+        with going_on_if_disk_is_full(kept):
+            link(self.path, kept)
         # A directory has no second name: what is called by one stays.
         named = {path.resolve() for path in self.path.parent.iterdir() if path.is_symlink()}
         for old in earlier_checkpoints(self.path.parent)[self._keep_last :]:
             if old.resolve() not in named and (not self._keep_every or _step_of(old) % self._keep_every):
-                _remove(old)
+                # With what lies beside it, such as `powersgd/step0000500-rank0000.pt`.
+                for path in (old, *old.parent.glob(f"*/{old.stem}-*")):
+                    _remove(path)
 
 
-def _remove(checkpoint: Path) -> None:
+def _remove(path: Path) -> None:
     """Remove a file, a directory, or nothing."""
-    if checkpoint.is_dir() and not checkpoint.is_symlink():
-        shutil.rmtree(checkpoint)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        checkpoint.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
-def _check_sums(path: Path) -> None:
+def link(path: Path, name: Path) -> None:
+    """Give a checkpoint a second `name`, in place of what has it now, all at once."""
+    if name.exists() and os.path.samefile(path, name):
+        return  # to rename would leave the temporary name
+    if name.is_dir() and not name.is_symlink():
+        _remove(name)  # in parts, of the same update: nothing else is called so
+    if path.is_dir():
+        point_to(name, path.resolve())
+        return
+    with atomic(name) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:  # not every file system has links
+            shutil.copyfile(path, temporary)
+
+
+def is_validation_due(trainer: pl.Trainer) -> bool:
+    """Whether Lightning will validate right after this batch."""
+    loops = trainer.fit_loop
+    assert loops._data_fetcher is not None, "a batch has come from it"
+    return loops.epoch_loop._should_check_val_fx(loops._data_fetcher)
+
+
+def check_sums(path: Path) -> None:
     """Raise DamagedCheckpointError if a byte of a tensor has changed: torch writes sums of them, and does not look."""
     if path.is_dir():
         if damage := find_damage(path):
@@ -135,7 +204,7 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     first_error: DamagedCheckpointError | None = None
     for path in ([last] if last.exists() else []) + earlier_checkpoints(directory):
         try:
-            _check_sums(path)
+            check_sums(path)
             content = read_plain(path) if path.is_dir() else read_checkpoint(path)
         except DamagedCheckpointError as error:
             first_error = first_error or error
@@ -152,7 +221,17 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, syncs it and renames it, so that a crash never damages the last one.
 
-    Reads those in parts too, so that a run may go on without sharding."""
+    Reads those in parts too, so that a run may go on without sharding.
+
+    Attributes:
+        failure: Why the last one is not there, in words, if the disk was full; what was there before still is. No
+            error, because only the first device writes, and the others would wait for it.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has failed yet."""
+        super().__init__()
+        self.failure: str | None = None
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         """The content of a checkpoint, with whole tensors."""
@@ -160,5 +239,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`."""
-        with atomic(path) as temporary:
-            torch.save(checkpoint, temporary)
+        self.failure = None
+        try:
+            with atomic(path) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:
+            if not is_disk_full(error):
+                raise
+            self.failure = describe_full_disk(path, checkpoint)

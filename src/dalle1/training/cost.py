@@ -47,6 +47,8 @@ class Training:
     backend: AttentionBackend  # not `auto`
     mixed: bool  # blocks multiply in 16 bits
     has_average: bool  # of the weights
+    handed_bytes: int  # that DDP hands to the network in an update, see `training.communication`
+    kept_bytes: int  # that this way to send keeps from update to update
 
     @property
     def global_batch(self) -> int:
@@ -71,6 +73,7 @@ class Memory:
     gathered_weights: int  # FSDP: of two blocks in the type of matrix products; embeddings and heads in fp32
     gradients: int
     buckets: int  # DDP: copies of the gradients that are sent
+    unsent: int  # DDP: what has not been sent yet, if gradients are compressed
     moments: int  # Adam's
     average: int
     activations: int  # see `models.accounting`
@@ -104,6 +107,7 @@ def count_memory(training: Training, *, sharded: bool, recompute: bool) -> Memor
         # A block's gradient is whole until it is sent; those of embeddings and heads are to the end.
         gradients=share + (_FP32 * (block + ends) if sharded else 0),
         buckets=_FP32 * weights.total if n > 1 and not sharded else 0,
+        unsent=training.kept_bytes if n > 1 and not sharded else 0,
         moments=2 * share,
         average=share if training.has_average else 0,
         activations=kept,
@@ -131,14 +135,13 @@ def largest_batch(training: Training, gigabytes: float, *, sharded: bool, recomp
 def count_communication(training: Training, *, sharded: bool) -> int:
     """Bytes that each device sends in one update, by ring algorithms.
 
-    DDP all-reduces the gradients once per update. FSDP gathers the blocks' weights twice in each pass, for the forward
-    and for the backward pass, the others once, in fp32, and reduces and scatters the gradients. Gradients travel in
-    fp32."""
+    DDP all-reduces the gradients, or what `communication` makes of them, once per update. FSDP gathers the blocks'
+    weights twice in each pass, for the forward and for the backward pass, the others once, in fp32, and reduces and
+    scatters the gradients, in fp32."""
     n, weights = training.devices, training.weights
-    ddp = 2 * _FP32 * weights.total
     gathered = 2 * training._compute_bytes * weights.blocks + _FP32 * (weights.embeddings + weights.heads)
     fsdp = training.passes * (gathered + _FP32 * weights.total)
-    return (fsdp if sharded else ddp) * (n - 1) // n
+    return (fsdp if sharded else 2 * training.handed_bytes) * (n - 1) // n
 
 
 def count_seconds(training: Training, hardware: Hardware, samples: int) -> float:

@@ -92,6 +92,8 @@ class DVAEModule(StageModule):
         if not start or self.global_step != start or self._started_codebook:
             return
         self._started_codebook = True  # further batches may be part of the same update
+        if self.bad_updates is not None:
+            self.bad_updates.forget_losses()
         loader = self.trainer.train_dataloader
         assert loader is not None, "a training batch has come from it"
         # The same on every rank.
@@ -115,7 +117,7 @@ class DVAEModule(StageModule):
             kl = 0.0 * torch.stack([weight.sum() for weight in idle]).sum().expand(len(image), 1, 1)
         else:
             parameters, kl = self.model.relaxed(
-                image, temperature=self.optim.temperature(step), generator=self.step_generator()
+                image, temperature=self.optim.temperature(step), generator=self.sample_generators(len(image))
             )
         nll = logit_laplace_nll(map_pixels(image), parameters, min_log_scale=self.optim.min_log_scale)
         loss = negative_elbo(nll, kl, kl_weight=self.optim.kl_weight_at(step))
@@ -135,6 +137,11 @@ class DVAEModule(StageModule):
         start = self.optim.codebook_start_step
         return start == 0 or self.global_step > start
 
+    @property
+    def validates_in_full(self) -> bool:
+        """Whether validation has all its metrics by now: most are of codes."""
+        return self._has_codes
+
     def on_validation_epoch_start(self) -> None:
         """Count codes from zero."""
         self._code_counts.zero_()
@@ -150,7 +157,8 @@ class DVAEModule(StageModule):
         tokens = self.model.encode(image)
         hard = self._decode_hard(tokens)
         temperature, kl_weight = self.optim.temperature(self.global_step), self.optim.kl_weight_at(self.global_step)
-        relaxed, kl = self.model.relaxed(image, temperature=temperature, generator=self.step_generator(batch_idx))
+        noise = self.sample_generators(len(image), batch_idx)
+        relaxed, kl = self.model.relaxed(image, temperature=temperature, generator=noise)
         nll = self._nll(image, relaxed)
         values = _losses(image, hard, self._nll(image, hard)) | _losses(image, relaxed, nll, prefix="relaxed_")
         if min(image.shape[-2:]) >= SSIM_SMALLEST_SIDE:

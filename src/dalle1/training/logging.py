@@ -13,6 +13,9 @@ from typing import Any
 
 from pytorch_lightning.loggers import WandbLogger
 
+from dalle1.training.bad_updates import ReturnToCheckpointError
+from dalle1.training.stop_signals import RunStoppedError
+
 logger = logging.getLogger(__name__)
 _ID_FILE = "wandb_id"  # in the run's directory
 
@@ -24,6 +27,9 @@ def wandb_run_ends() -> Iterator[None]:
     try:
         yield
         failed = False
+    except (RunStoppedError, ReturnToCheckpointError):  # it goes on later
+        failed = False
+        raise
     finally:
         run = _current_run()
         if run is not None and run is not before:

@@ -27,6 +27,8 @@ class PlateauHalving:
         self._mean_over_ranks = mean_over_ranks
         self._updates = 0  # made so far
         self._loss_sum: Tensor | float = 0.0  # over the updates of this window so far
+        self._update_loss: Tensor | float = 0.0  # of the coming update, over its parts so far
+        self._is_dropped = False  # the coming update
         self._best: float | None = None  # loss of a window
         self._stalled = 0  # windows in a row that were no better
         self._halvings = 0
@@ -43,10 +45,19 @@ class PlateauHalving:
     def add(self, loss: Tensor) -> None:
         """Count the loss of an update, or one of several parts that sum to it."""
         if self._is_watching:
-            self._loss_sum = self._loss_sum + loss.detach().float()
+            self._update_loss = self._update_loss + loss.detach().float()
+
+    def drop_update(self) -> None:
+        """The coming update is bad: its loss, which may be NaN, does not count, so the window is an update longer."""
+        self._is_dropped = True
 
     def end_update(self) -> None:
         """Count an update, and decide if it ends a window."""
+        loss, self._update_loss = self._update_loss, 0.0
+        if self._is_dropped:
+            self._is_dropped = False
+            return
+        self._loss_sum = self._loss_sum + loss
         was_watching = self._is_watching
         self._updates += 1
         window = self._config.plateau_window

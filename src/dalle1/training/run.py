@@ -7,13 +7,14 @@ Every stage reads the results of earlier ones in `results_dir` and writes its ow
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -38,12 +39,16 @@ from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from dalle1.tokenizers.text_file import load_text_tokenizer
 from dalle1.training.allocator import keep_freed_memory
+from dalle1.training.bad_updates import BadUpdates, ReturnToCheckpointError
+from dalle1.training.best_checkpoint import BestCheckpoint
 from dalle1.training.checkpoints import LAST, LastCheckpoint, newest_whole
 from dalle1.training.clip_module import CLIPModule
 from dalle1.training.data_report import report_findings
+from dalle1.training.disk_full import save_or_fail
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
+from dalle1.training.ranks import Agreement, finish_ranks
 from dalle1.training.sharding import FullyShardedStrategy
 from dalle1.training.stage_module import StageModule
 from dalle1.training.stop_signals import RunStoppedError, StopSignals
@@ -74,8 +79,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     run_dir = Path(cfg.run_dir)
     is_new = not run_dir.exists() or not any(run_dir.iterdir())
     try:
-        with wandb_run_ends():
-            return _run_stage(cfg, run_dir)
+        while True:
+            try:
+                with wandb_run_ends():
+                    return _run_stage(cfg, run_dir)
+            except ReturnToCheckpointError:  # a line has said so
+                pass
+            # As a new process would. What is left of the network before must make room first.
+            gc.collect()
     except (ValueError, TypeError, OSError):
         # Bad input, such as a picture that cannot be decoded: without a checkpoint, or shards of tokens, there is
         # nothing to go on from.
@@ -116,7 +127,9 @@ def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         metrics = _train_network(cfg, data, module, run_dir)
         earlier_seconds = module.earlier_seconds
     if metrics is None:
-        logger.info("'%s' is complete; nothing to do (another name= starts anew)", os.path.relpath(run_dir))
+        rank_zero_only(logger.info)(
+            "'%s' is complete; nothing to do (another name= starts anew)", os.path.relpath(run_dir)
+        )
         return _read_json(run_dir / SUMMARY)
     seconds = earlier_seconds + time.monotonic() - started
     summary = {"stage": stage, "wall_seconds": round(seconds, 1), **metrics}
@@ -274,7 +287,7 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         module.options["data"] |= {name: decided[name] for name in (*names, "crops", "samples_sha256")}
     elif isinstance(module, TransformerModule) and module.optim.cache_image_tokens:
         _check_tokens_can_be_cached(data.config)
-    checkpoint, start = run_dir / CHECKPOINT, None
+    checkpoint, start, step = run_dir / CHECKPOINT, None, 0
     if found := newest_whole(checkpoint.parent):
         start, step = found[0], _check_same_run(*found, module)
         del found  # its content is as large as the model and its optimizer
@@ -285,12 +298,13 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
                 f"optim.max_steps must be at least {step}, where '{os.path.relpath(run_dir)}' was interrupted, got "
                 f"{module.optim.max_steps}; leave it as it was, or choose another name="
             )
-        logger.info("continuing '%s' from step %d", os.path.relpath(run_dir), step)
+        rank_zero_only(logger.info)("continuing '%s' from step %d", os.path.relpath(run_dir), step)
     # All input is checked before the first file is written.
     data.prepare_data()
     data.setup("fit")
     stopper = StopSignals()
-    trainer = build_trainer(cfg, module, run_dir, stopper)
+    found_there = "none" if start is None else f"{start.name} of update {step}"
+    trainer = build_trainer(cfg, module, run_dir, [Agreement(cfg, found_there), stopper])
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if trainer.is_global_zero:
@@ -299,25 +313,32 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         for each in trainer.loggers:
             if isinstance(each, WandbLogger):
                 begin_wandb_run(each, run_dir, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
-    with ctrl_c_stays_itself():
+    with ctrl_c_stays_itself(), stopper, suppress(RunStoppedError):
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         savers = [each for each in trainer.callbacks if isinstance(each, LastCheckpoint)]  # type: ignore[attr-defined]
         if all(each.last_saved != trainer.global_step for each in savers):
-            trainer.save_checkpoint(checkpoint)  # training was made to end early, or nothing was left to train
-        if stopper.received is not None:
-            raise RunStoppedError(
-                f"{stopper.received} has stopped '{os.path.relpath(run_dir)}' after update {trainer.global_step}, "
-                "which is saved; the same command goes on"
-            )
-        metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+            # Training was made to end early, nothing was left to train, or the disk was full.
+            save_or_fail(trainer, checkpoint)
+        if stopper.received is None:
+            # What Lightning logs a validation under; of a run that goes on after its last update it is one less.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+    if stopper.received is not None:
+        finish_ranks(trainer)
+        raise RunStoppedError(
+            f"{stopper.received} has stopped '{os.path.relpath(run_dir)}' after update {trainer.global_step}, "
+            "which is saved; the same command goes on"
+        )
     if trainer.is_global_zero:
-        starts = sorted(run_dir.glob("logs/*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
-        save_curves(starts, run_dir / "curves.png")
+        save_curves(run_dir, run_dir / "curves.png")
     summary = {
         "step": trainer.global_step,
         **report_findings(data),
         **{name.replace("val/", ""): value for name, value in metrics.items()},
     }
+    for each in trainer.callbacks:  # type: ignore[attr-defined]
+        summary |= each.summary if isinstance(each, BestCheckpoint | BadUpdates) else {}
+    finish_ranks(trainer)
     return summary | ({"alarm": module.alarm} if module.alarm else {})
 
 

@@ -78,7 +78,7 @@ def _file_of(place: Place) -> str:
 
 def _begin(path: Path, temporary: Path) -> None:
     # What a process that was killed has left: no other run writes here.
-    for left in path.parent.glob(".step*.partial"):
+    for left in path.parent.glob(".*.ckpt.*.partial"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -118,7 +118,10 @@ def _finish(path: Path, temporary: Path, plain: dict[str, Any], sums: list[dict[
 
 
 def point_to(link: Path, target: Path) -> None:
-    """Make `link` a name of `target`, a neighbour of it; whoever looks finds the old one or the new one."""
+    """Make `link` a name of `target`, a neighbour of it; whoever looks finds the old one or the new one.
+
+    What it named before goes if it is its own, `best-step0000500.ckpt` of `best.ckpt`."""
+    before = link.resolve() if link.is_symlink() else target
     temporary = link.with_name(f".{link.name}.{secrets.token_hex(4)}.partial")
     temporary.symlink_to(target.name)
     try:
@@ -127,6 +130,8 @@ def point_to(link: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_directory(link.parent)
+    if before.name != target.name and before.name.startswith(f"{link.stem}-"):
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def _together(work: Callable[[], Any]) -> list[Any]:

@@ -24,6 +24,9 @@ from torch.distributed.tensor import empty as empty_dtensor
 from dalle1.checkpoint import EMA_KEY
 from dalle1.models.transformer import Block, DalleTransformer
 from dalle1.sharded_files import is_sharded, read_sharded
+from dalle1.training.checkpoints import LAST, AtomicCheckpointIO
+from dalle1.training.disk_full import describe_full_disk, is_disk_full
+from dalle1.training.ranks import RankLauncher, check_timeout, keep_collectives_in_mind
 from dalle1.training.sharded_checkpoints import point_to, write_sharded
 
 
@@ -34,9 +37,15 @@ class FullyShardedStrategy(ModelParallelStrategy):
     what its matrix products round them to anyway; gradients are averaged in fp32, as under DDP.
     """
 
-    def __init__(self) -> None:
-        """Shard over all devices of all nodes."""
-        super().__init__(tensor_parallel_size=1)
+    def __init__(self, *, timeout_minutes: float) -> None:
+        """Shard over all devices of all nodes.
+
+        Args:
+            timeout_minutes: As of `ranks.DDP`.
+
+        Raises: ValueError for another `timeout_minutes`.
+        """
+        super().__init__(tensor_parallel_size=1, timeout=check_timeout(timeout_minutes))
 
     # In this order, as without sharding: load weights, then give the optimizer its state.
     restore_checkpoint_after_setup = False
@@ -45,7 +54,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Start the processes' group; Lightning itself would shard within a node only."""
         self._data_parallel_size = self.num_nodes * self.num_processes
+        keep_collectives_in_mind()
         super().setup_environment()
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None, "Lightning has chosen one"
+        self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def shard(self, network: DalleTransformer) -> None:
         """Shard `network` in place, once; all devices begin with the first one's weights."""
@@ -56,11 +70,25 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a directory `step<update>.ckpt`, and make `filepath`, beside it, another name of it.
 
-        All devices must call this together. Raises: OSError on all of them if one cannot write.
+        Of another one than `last.ckpt` it is `best-step<update>.ckpt`, which goes when that names another one.
+
+        All devices must call this together. A full disk is told as `AtomicCheckpointIO` tells it.
+
+        Raises: OSError on all of them if one cannot write for another reason.
         """
         path = Path(self.broadcast(filepath))
-        directory = path.with_name(f"step{checkpoint['global_step']:07d}.ckpt")
-        write_sharded(directory, checkpoint)
+        own = "" if path.name == LAST else f"{path.stem}-"
+        directory = path.with_name(f"{own}step{checkpoint['global_step']:07d}.ckpt")
+        teller = self.checkpoint_io
+        assert isinstance(teller, AtomicCheckpointIO), "every trainer of ours has one"
+        teller.failure = None
+        try:
+            write_sharded(directory, checkpoint)
+        except (OSError, RuntimeError) as error:
+            if not is_disk_full(error):
+                raise
+            teller.failure = describe_full_disk(directory, checkpoint)
+            return
         if self.is_global_zero:
             point_to(path, directory)
         self.barrier()
@@ -78,6 +106,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The parts that this device has."""
+        if self.lightning_module is not None:
+            forget_gathered(self.lightning_module)
         return Strategy.lightning_module_state_dict(self)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
@@ -140,14 +170,6 @@ def _distribute(value: Any, mesh: DeviceMesh) -> Any:
     if isinstance(value, list):
         return [_distribute(each, mesh) for each in value]
     return value
-
-
-def refuse_sharding(strategy: object, stage: str) -> None:
-    """Raise ValueError if a stage without blocks to shard is to be sharded."""
-    if isinstance(strategy, FullyShardedStrategy):
-        raise ValueError(
-            f"trainer=fsdp must be for stage=transformer, whose blocks it shards, got stage={stage}; use trainer=ddp"
-        )
 
 
 def in_whole(tensor: Tensor) -> Tensor:

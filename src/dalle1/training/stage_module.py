@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,17 +19,15 @@ from dalle1.models.clip import CLIP
 from dalle1.models.dvae import DVAE
 from dalle1.models.transformer import DalleTransformer
 from dalle1.tokenizers.text import TextTokenizer
+from dalle1.training.bad_updates import BadUpdates
 from dalle1.training.optim import OptimConfig, build_optimizer, clip_variance
 from dalle1.training.plateau import PlateauHalving
 from dalle1.training.sharding import in_whole
 
 
-def step_seed(seed: int, rank: int, step: int, *batch: int, part: int = 0) -> int:
-    """Seed of one update on one rank, in [0, 2^32): PyTorch's CPU generator uses no more than 32 bits.
-
-    With the number of a validation `batch`, its seed after that update; `part` counts the batches whose gradients one
-    update accumulates."""
-    text = "|".join(str(number) for number in (seed, rank, step, *batch)) + (f"|part{part}" if part else "")
+def derive_seed(*numbers: int | str) -> int:
+    """A seed of its own for each list of numbers, in [0, 2^32): PyTorch's CPU generator uses no more than 32 bits."""
+    text = "|".join(map(str, numbers))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
@@ -65,7 +64,9 @@ class StageModule(pl.LightningModule):
         # Operations of one update and tokens, per sample; stages that leave 0 have no `perf/` metrics.
         self.flops_per_sample = self.tokens_per_sample = 0
         self.alarm: str | None = None  # what the last validation found wrong, in one sentence; goes into the summary
+        self.bad_updates: BadUpdates | None = None  # decides which updates are made, once training begins
         self.part = 0  # batches of the coming update that have given their gradients
+        self._sums: dict[str, Tensor] = {}  # of what is logged of it
         # Weights that this update set anew, by their names in `model`: their average starts over.
         self.fresh_weights: set[str] = set()
         self._plateau = PlateauHalving(optim, self._mean_over_ranks) if optim.lr_schedule == "plateau" else None
@@ -121,13 +122,24 @@ class StageModule(pl.LightningModule):
         norm = in_whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         self.log("train/grad_norm", norm)
         # Before the weights change: the last checkpoint stays good.
-        if not torch.isfinite(norm):
-            raise ValueError(
-                f"the gradient must stay finite, got norm {float(norm)} at step {self.global_step}; "
-                "the last checkpoint is good: start again if this was chance, or choose a lower optim.lr and name="
-            )
+        if self.bad_updates is None:
+            if not torch.isfinite(norm):
+                raise ValueError(
+                    f"the gradient must stay finite, got norm {float(norm)} at step {self.global_step}; "
+                    "choose a lower optim.lr and name=, or let callbacks.bad_updates skip such updates"
+                )
+        elif self.bad_updates.is_bad(self, norm):
+            if self._plateau:
+                self._plateau.drop_update()
+            optimizer.zero_grad(set_to_none=True)
+            return
         if self.optim.variance_clip:
             clip_variance(optimizer, self.optim.variance_clip)
+
+    @property
+    def validates_in_full(self) -> bool:
+        """Whether validation has all its metrics by now."""
+        return True
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -156,24 +168,52 @@ class StageModule(pl.LightningModule):
         """Pictures, by their names, of what the network does with validation samples; drawn after each validation."""
         return {}
 
-    def step_generator(self, *batch: int) -> torch.Generator:
-        """Randomness of a batch of this update on this rank: a function of its place, so resuming needs no state.
+    def sample_generators(self, n_samples: int, validation_batch: int | None = None) -> list[torch.Generator]:
+        """Randomness of each sample of this batch: a function of the update and of the sample's place in it.
 
-        With the number of a validation `batch`, that of this batch."""
-        generator = torch.Generator(self.device)
-        part = 0 if batch else self.part
-        generator.manual_seed(step_seed(self.seed, self.global_rank, self.global_step, *batch, part=part))
-        return generator
+        So resuming needs no state, and the same samples get the same numbers on any number of devices, or in several
+        batches whose gradients are added up. In validation the place is that in the data set.
+        """
+        rank, world = self.global_rank, 1 if self._trainer is None else self.trainer.world_size
+        if validation_batch is None:
+            first = (self.part * world + rank) * n_samples
+            places: Iterable[int] = range(first, first + n_samples)
+            seeds = [derive_seed(self.seed, self.global_step, place) for place in places]
+        else:
+            # All batches but the last are of this size; see `data.loader.validation_loader`.
+            first = validation_batch * self.optim.batch_size
+            places = (rank + world * number for number in range(first, first + n_samples))
+            seeds = [derive_seed(self.seed, self.global_step, place, "val") for place in places]
+        return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
     def log_means(self, split: str, values: dict[str, Tensor | float], batch_size: int) -> None:
-        """Log values as `split/name`: means over the set and over ranks in validation, of one batch in training."""
+        """Log values as `split/name`: means over the validation set, or over an update; both over all ranks.
+
+        Those of an update are logged when it is complete, and when a line of the log is due: to average them costs the
+        ranks a message.
+        """
+        if split == "train":
+            for name, value in values.items():
+                given = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+                self._sums[name] = self._sums.get(name, 0.0) + given.float().to(self.device)
+            return
         for name, value in values.items():
             self.log(
                 f"{split}/{name}",
                 value,
                 # Lightning averages these weights over ranks in whole numbers: multiples of their number stay exact.
                 batch_size=batch_size * self.trainer.world_size,
-                on_step=split == "train",
-                on_epoch=split != "train",
-                sync_dist=split != "train",
+                on_step=False,
+                on_epoch=True,
+                sync_dist=True,
             )
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Log the means of the update that is about to be made."""
+        sums, self._sums = self._sums, {}
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.global_step + 1) % every and "train/loss" in self.trainer.callback_metrics:
+            return
+        means = self._mean_over_ranks(torch.stack(list(sums.values())) / self.part)
+        for name, mean in zip(sums, means, strict=True):
+            self.log(f"train/{name}", mean)

@@ -6,12 +6,17 @@ import math
 import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.trainer.states import TrainerFn
 
-from dalle1.run_status import EVERY_SECONDS, RunStatus, State, write_status
+from dalle1.run_status import EVERY_SECONDS, STATUS, RunStatus, State, write_status
+from dalle1.training.bad_updates import ReturnToCheckpointError
+from dalle1.training.best_checkpoint import BestCheckpoint
+from dalle1.training.disk_full import going_on_if_disk_is_full
+from dalle1.training.stop_signals import RunStoppedError
 
 
 class StatusFile(pl.Callback):
@@ -55,10 +60,10 @@ class StatusFile(pl.Callback):
         self._write(trainer, pl_module, "complete" if trainer.global_step >= trainer.max_steps else "stopped")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """The run ends with an error, or by Ctrl-C."""
-        if isinstance(exception, KeyboardInterrupt):
+        """The run ends with an error, by Ctrl-C, or by a signal during a validation."""
+        if isinstance(exception, KeyboardInterrupt | RunStoppedError):
             self._write(trainer, pl_module, "stopped")
-        else:
+        elif not isinstance(exception, ReturnToCheckpointError):
             self._write(trainer, pl_module, "failed", error=f"{type(exception).__name__}: {exception}")
 
     def _write(
@@ -70,6 +75,7 @@ class StatusFile(pl.Callback):
         self._written = now
         n_done = step - self._first_step
         pace = (now - self._started) / n_done if n_done else None
+        best = next((each for each in trainer.callbacks if isinstance(each, BestCheckpoint)), None)  # type: ignore[attr-defined]
         known = {name: _number(value) for name, value in trainer.callback_metrics.items()}
         status = RunStatus(
             stage=type(pl_module).__name__.removesuffix("Module").lower(),
@@ -83,13 +89,16 @@ class StatusFile(pl.Callback):
             seconds_left=None if pace is None else round(pace * (trainer.max_steps - step), 1),
             checkpoint_step=None if self._checkpoint is None else self._checkpoint[0],
             checkpoint_time=None if self._checkpoint is None else self._checkpoint[1],
+            best_value=best.value if best else None,
+            best_step=best.step if best and best.value is not None else None,
             host=socket.gethostname(),
             pid=os.getpid(),
             started=self._started,
             updated=now,
             error=error,
         )
-        write_status(self._directory, status)
+        with going_on_if_disk_is_full(Path(self._directory, STATUS)):
+            write_status(self._directory, status)
 
 
 def _number(value: Any) -> float | None:

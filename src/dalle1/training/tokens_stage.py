@@ -44,7 +44,6 @@ from dalle1.data.token_shards import (
 )
 from dalle1.data.transforms import to_unit_interval
 from dalle1.tokenizers.image import ImageTokenizer
-from dalle1.training.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +278,7 @@ class _Encoder:
 
 
 def build_fabric(arguments: dict[str, Any]) -> Fabric:
-    """Devices as the trainer's options name them. Raises: ValueError if these shard a network."""
-    refuse_sharding(arguments.get("strategy"), "tokens")
-    names = ("accelerator", "devices", "num_nodes", "strategy")
-    return Fabric(**{name: arguments[name] for name in names if name in arguments})
+    """Devices as the trainer's options name them; they exchange nothing, so each strategy is one process a device."""
+    names = ("accelerator", "devices", "num_nodes")
+    strategy = "ddp" if "strategy" in arguments else "auto"
+    return Fabric(strategy=strategy, **{name: arguments[name] for name in names if name in arguments})

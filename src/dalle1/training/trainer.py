@@ -15,10 +15,11 @@ from omegaconf import DictConfig
 
 from dalle1.training.callbacks import RunProgress
 from dalle1.training.checkpoints import AtomicCheckpointIO
+from dalle1.training.communication import Communication
+from dalle1.training.communication_callback import CommunicationCallback, check_communication
 from dalle1.training.optim import OptimConfig
-from dalle1.training.sharding import FullyShardedStrategy, refuse_sharding
+from dalle1.training.sharding import FullyShardedStrategy
 from dalle1.training.stage_module import StageModule
-from dalle1.training.stop_signals import StopSignals
 from dalle1.training.transformer_module import TransformerModule, TransformerOptimConfig
 
 
@@ -39,17 +40,22 @@ def check_precision(precision: str, optim: OptimConfig) -> None:
 
 def check_sharding(strategy: object, module: StageModule) -> None:
     """Raise ValueError unless the strategy can train the network as it is to be trained."""
+    if not isinstance(strategy, FullyShardedStrategy):
+        return
     if not isinstance(module, TransformerModule):
-        refuse_sharding(strategy, module.record["kind"])
-    elif isinstance(strategy, FullyShardedStrategy) and module.optim.resblock_gradient_scaling:
+        raise ValueError(
+            f"trainer=fsdp must be for stage=transformer, whose blocks it shards, got stage={module.record['kind']}; "
+            "use trainer=ddp"
+        )
+    if module.optim.resblock_gradient_scaling:
         raise ValueError(
             "optim.resblock_gradient_scaling must be false with trainer=fsdp, got true: its scales need whole "
             "gradients; use trainer.precision=bf16-mixed"
         )
 
 
-def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, stopper: StopSignals) -> pl.Trainer:
-    """Lightning's trainer, as the groups trainer, callbacks and logger describe it.
+def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, extra: list[pl.Callback]) -> pl.Trainer:
+    """Lightning's trainer, as the groups trainer, callbacks and logger describe it; `extra` come after their callbacks.
 
     Raises: ValueError if an option does not fit this machine, the network or another option.
     """
@@ -68,8 +74,11 @@ def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, stopper: 
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
     if arguments.get("enable_progress_bar") is False:
         callbacks = [each for each in callbacks if not isinstance(each, RunProgress)]
+    communication = instantiate(cfg.communication, _convert_="all")
+    if type(communication) is not Communication:
+        callbacks.append(CommunicationCallback(communication, run_dir / "checkpoints", seed=cfg.seed))
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **arguments,
             max_steps=module.optim.max_steps,
             max_epochs=-1,
@@ -78,7 +87,7 @@ def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, stopper: 
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             logger=list(instantiate(cfg.logger, _convert_="all").values()),
-            callbacks=[*callbacks, stopper],
+            callbacks=[*callbacks, *extra],
             plugins=[AtomicCheckpointIO()],
             enable_checkpointing=False,
             default_root_dir=run_dir,
@@ -86,6 +95,8 @@ def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, stopper: 
         )
     except MisconfigurationException as error:
         raise ValueError(f"trainer options must fit this machine and each other: {error}") from error
+    check_communication(communication, trainer.strategy, module)
+    return trainer
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
 from dalle1.training.optim import OptimConfig
 from dalle1.training.sharding import FullyShardedStrategy
-from dalle1.training.stage_module import StageModule, step_seed
+from dalle1.training.stage_module import StageModule, derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +156,12 @@ class TransformerModule(StageModule):
         """Weighted nats of one batch."""
         share = self.optim.caption_dropout
         if self.model.config.dropout:
-            # Its masks come from the global generator: from here on a function of the step too.
-            torch.manual_seed(step_seed(self.seed, self.global_rank, self.global_step, part=self.part))
+            # Its masks come from the global generator: from here on a function of the step too, and of the device.
+            torch.manual_seed(derive_seed(self.seed, self.global_step, "dropout", self.global_rank, self.part))
         dropped = None
         if share:
-            draws = torch.rand(len(batch["index"]), 1, generator=self.step_generator(), device=self.device)
-            dropped = draws < share
+            generators = self.sample_generators(len(batch["index"]))
+            dropped = torch.stack([torch.rand(1, generator=each, device=self.device) for each in generators]) < share
         return self._step("train", batch, self._train_tokens(batch), dropped)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
