@@ -77,7 +77,7 @@ sampling-curves: $(STAMP)  ## what candidates and guidance do to the demo's accu
 bench-gpu: $(STAMP)  ## sampling and training steps of the transformer on one CUDA device
 	$(BIN)/python benchmarks/gpu.py $(BENCH)
 
-bench-memory: $(STAMP)  ## memory of each device with DDP and with FSDP beside what plan says, 4 minutes
+bench-memory: $(STAMP)  ## memory of each device with DDP and with FSDP beside what plan says, 6 minutes, 9 GB
 	$(BIN)/python benchmarks/memory.py $(BENCH)
 
 lint: $(STAMP)  ## style

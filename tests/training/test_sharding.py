@@ -17,6 +17,7 @@ from dalle1.checkpoint import DamagedCheckpointError, load_transformer, read_che
 from dalle1.export import export
 from dalle1.sharded_files import read_sharded
 from dalle1.training.checkpoints import newest_whole
+from dalle1.training.sharded_checkpoints import point_to
 
 UPDATES = 20
 # Everything that a run of the transformer can have. With a small eps Adam makes as much of a gradient's rounding error
@@ -114,6 +115,16 @@ def test_checkpoints_are_directories_that_stay_by_number(whole: Path) -> None:
     assert there == {"manifest.json", *files}
     # Of each device weights, averages and two moments, and what is not sharded.
     assert len(files) == 2 * 4 + 1
+
+
+def test_link_that_moves_on_takes_its_own_directory_away_and_no_other(tmp_path: Path) -> None:
+    for name in ("step0000004.ckpt", "best-step0000006.ckpt", "best-step0000008.ckpt"):
+        (tmp_path / name).mkdir()
+        point_to(tmp_path / "best.ckpt", tmp_path / name)
+        assert (tmp_path / "best.ckpt").readlink() == Path(name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("best-step0000008.ckpt", "best.ckpt", "step0000004.ckpt")
+    ]
 
 
 def test_one_process_goes_on_from_two_and_two_numbers_stay(
