@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -49,6 +49,7 @@ from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
 from dalle1.training.ranks import Agreement, finish_ranks
+from dalle1.training.sharding import FullyShardedStrategy
 from dalle1.training.stage_module import StageModule
 from dalle1.training.stop_signals import RunStoppedError, StopSignals
 from dalle1.training.tokenizer_stage import train_tokenizer
@@ -234,14 +235,23 @@ def _transformer_module(cfg: DictConfig) -> TransformerModule:
         grid_height=grid,
         grid_width=grid,
     )
+    # Sharded, all devices get the first one's weights: no other needs memory for the whole.
+    is_needed = not _is_sharded(cfg) or rank_zero_only(lambda: True)()
+    with nullcontext() if is_needed else torch.device("meta"):
+        network = DalleTransformer(model)
     return TransformerModule(
-        DalleTransformer(model),
+        network,
         optim,
         seed=cfg.seed,
         image_tokenizer=image_tokenizer,
         text_tokenizer=text_tokenizer,
         compute=compute,
     )
+
+
+def _is_sharded(cfg: DictConfig) -> bool:
+    strategy = cfg.trainer.get("strategy")
+    return isinstance(strategy, DictConfig) and strategy["_target_"].rpartition(".")[2] == FullyShardedStrategy.__name__
 
 
 _MODULES: dict[str, Callable[[DictConfig], StageModule]] = {

@@ -22,6 +22,7 @@ from dalle1.tokenizers.text import TextTokenizer
 from dalle1.training.bad_updates import BadUpdates
 from dalle1.training.optim import OptimConfig, build_optimizer, clip_variance
 from dalle1.training.plateau import PlateauHalving
+from dalle1.training.sharding import in_whole
 
 
 def derive_seed(*numbers: int | str) -> int:
@@ -118,7 +119,7 @@ class StageModule(pl.LightningModule):
             optimizer.zero_grad(set_to_none=True)
             return
         limit = self.optim.grad_clip_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = in_whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         self.log("train/grad_norm", norm)
         # Before the weights change: the last checkpoint stays good.
         if self.bad_updates is None:

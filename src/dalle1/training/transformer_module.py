@@ -21,6 +21,7 @@ from dalle1.sampling.sampler import Sampler
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
 from dalle1.training.optim import OptimConfig
+from dalle1.training.sharding import FullyShardedStrategy
 from dalle1.training.stage_module import StageModule, derive_seed
 
 
@@ -126,6 +127,11 @@ class TransformerModule(StageModule):
         # Image tokens of training pictures by their index, kept with `optim.cache_image_tokens`.
         self.known_tokens: dict[int, Tensor] = {}
         self.scaling = _scale_resblocks(model) if optim.resblock_gradient_scaling else None
+
+    def configure_model(self) -> None:
+        """Shard the network if the strategy says so; called before training and before each validation of its own."""
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            self.trainer.strategy.shard(self.model)
 
     @property
     def product_dtype(self) -> torch.dtype:
