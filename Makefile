@@ -31,8 +31,8 @@ demo: $(STAMP)  ## the whole pipeline on the generated data, ending in pictures 
 	$(BIN)/python train.py stage=transformer
 	$(BIN)/python -m dalle1.evaluation.report
 
-test: $(STAMP) lint types  ## lint, types and tests
-	$(BIN)/pytest
+test: $(STAMP) lint types  ## lint, types and tests, a file on each core
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-browser: $(STAMP)  ## the gallery page in a real browser; needs a Chromium (apt install chromium)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
