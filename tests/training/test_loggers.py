@@ -47,7 +47,8 @@ def resumed(train: Train, tmp_path_factory: pytest.TempPathFactory, logged: list
             first.setattr("dalle1.training.checkpoints.LastCheckpoint.on_train_batch_end", stop_at_step(6))
             with pytest.raises(SystemExit):
                 train(results, "dvae", "logger=[wandb,tensorboard]")
-        train(results, "dvae", "logger=[wandb,tensorboard]")
+        assert train(results, "dvae", "logger=[wandb,tensorboard]")["step"] == 8
+    assert wandb.run is None, "the next job of a sweep would log into it"
     return results / "dvae"
 
 
