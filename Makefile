@@ -11,7 +11,7 @@ PEER := --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6 axial
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-browser test-slow bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-data bench-communication soak-data sampling-curves bench-gpu lint types clean
+.PHONY: help setup demo test test-browser test-slow bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-data bench-communication soak-data sampling-curves bench-gpu bench-memory lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-22s %s\n", $$1, $$2}'
@@ -38,7 +38,7 @@ test-browser: $(STAMP)  ## the gallery page in a real browser; needs a Chromium 
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
 	$(BIN)/pytest -m browser
 
-test-slow: $(STAMP) $(IMG2DATASET)/.installed  ## shards that img2dataset itself writes, a minute; it is put into .venv-img2dataset
+test-slow: $(STAMP) $(IMG2DATASET)/.installed  ## what takes minutes: shards that img2dataset itself writes (it is put into .venv-img2dataset), sharded training
 	$(BIN)/pytest -m slow
 
 $(IMG2DATASET)/.installed: tests/slow/img2dataset.txt
@@ -71,11 +71,17 @@ bench-communication: $(STAMP)  ## loss and bytes sent of two processes with each
 soak-data: $(STAMP)  ## memory while damaged data are read for a long time, 10 minutes
 	$(BIN)/python benchmarks/data_soak.py $(BENCH)
 
+soak-training: $(STAMP)  ## a run of two processes that is ended and started again for an hour (BENCH='--minutes 5' for less)
+	$(BIN)/python benchmarks/preemption_soak.py $(BENCH)
+
 sampling-curves: $(STAMP)  ## what candidates and guidance do to the demo's accuracy, half an hour
 	$(BIN)/python -m dalle1.evaluation.sampling_curves
 
 bench-gpu: $(STAMP)  ## sampling and training steps of the transformer on one CUDA device
 	$(BIN)/python benchmarks/gpu.py $(BENCH)
+
+bench-memory: $(STAMP)  ## memory of each device with DDP and with FSDP beside what plan says, 6 minutes, 9 GB
+	$(BIN)/python benchmarks/memory.py $(BENCH)
 
 lint: $(STAMP)  ## style
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ LAYERS = [
         "evaluation.report",
         "evaluation.sampling_curves",
         "convert",
+        "export",
         "reconstruct",
         "sample",
         "score",
@@ -42,7 +43,7 @@ LAYERS = [
     ["losses"],
     ["models"],
     ["data"],
-    ["run_status"],
+    ["run_status", "sharded_files"],
     ["atomic_files"],
 ]
 # Where each framework may appear; everything else is plain PyTorch.

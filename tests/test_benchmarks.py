@@ -46,6 +46,7 @@ def test_the_transformer_that_is_compared_is_as_large_as_its_peer() -> None:
     ("script", "options", "message"),
     [
         ("transformer.py", ["--rounds", "0"], "error: --rounds must be >= 1, got 0"),
+        ("memory.py", ["--devices", "4", "1"], "error: --devices must be >= 2, got 1"),
         ("data.py", ["--rounds", "0"], "error: --rounds must be >= 1, got 0"),
         ("data_soak.py", ["--batches", "10"], "error: --batches must be >= 1000, got 10"),
         ("transformer_loss.py", ["--minutes", "0"], "error: --minutes must be > 0, got 0.0"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,24 @@ def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
     cells = [len(re.sub(r"`[^`]*`", "", line).split("|")) if line.startswith("|") else 0 for line in lines]
     ragged = [lines[i] for i in range(1, len(lines)) if cells[i] and cells[i - 1] and cells[i] != cells[i - 1]]
     assert not ragged
+
+
+@pytest.mark.parametrize(("code", "is_complete", "requeues"), [(0, False, True), (0, True, False), (1, False, False)])
+def test_slurm_job_comes_again_if_it_has_ended_well_before_its_end(
+    tmp_path: Path, code: int, is_complete: bool, requeues: bool
+) -> None:
+    run = tmp_path / "runs" / "paper" / "transformer"
+    run.mkdir(parents=True)
+    commands = {
+        "srun": f'{"touch " + str(run / "summary.json") if is_complete else ":"}; echo "$@" > srun.txt; exit {code}',
+        "scontrol": 'echo "$@" > scontrol.txt',
+    }
+    for name, command in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
+    subprocess.run(["bash", str(ROOT / "docs" / "slurm.sbatch"), "seed=7"], cwd=tmp_path, env=environment)
+    assert (tmp_path / "srun.txt").read_text().split()[-1] == "seed=7"
+    assert (tmp_path / "scontrol.txt").exists() == requeues
+    if requeues:
+        assert (tmp_path / "scontrol.txt").read_text() == "requeue 42\n"

@@ -31,6 +31,15 @@ def atomic(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def remove_partial(directory: str | Path) -> None:
+    """Remove what killed processes have left unfinished anywhere below a directory; none may be writing there now."""
+    for path in list(Path(directory).rglob(".*.partial")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def check_directory(directory: str | Path) -> Path:
     """`directory` as a path, if a new one may be written there.
 

@@ -1,10 +1,11 @@
 """Checkpoints that rebuild their model: weights plus one plain `dalle1` record.
 
 The record holds all that using the model needs (kind, configuration, text tokenizer, hash of the dVAE, ...), so a
-checkpoint loads without the configuration of its run. There are two forms, and nothing in either can execute:
+checkpoint loads without the configuration of its run. There are three forms, and nothing in either can execute:
 
 - what training writes, a Lightning file, read with `weights_only=True`; weights are the averaged ones where training
   kept an average;
+- the same in parts, a directory that several devices have written together (`sharded_files`);
 - an exported checkpoint, a directory with the weights alone as safetensors and the record as JSON.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -25,6 +26,7 @@ from dalle1.atomic_files import atomic, atomic_directory, write_json
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
+from dalle1.sharded_files import Place, is_sharded, read_sharded
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
 
@@ -38,6 +40,7 @@ SHA256_KEY = "weights_sha256"
 # An exported checkpoint's files.
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+TOKENIZER_NAME = "tokenizer.json"  # as stage=tokenizer writes it; the record has it too
 _RECORD_FIELDS = ("kind", "model_config", "text_tokenizer", "dvae_sha256", "caption_dropout")
 # Lightning modules hold the trained network under this name.
 _MODEL_PREFIX = "model."
@@ -95,6 +98,7 @@ def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
 def write_exported(directory: str | Path, model: nn.Module, record: Mapping[str, Any], *, step: int) -> str:
     """Write a model as an exported checkpoint: a new directory with `config.json` and `model.safetensors`.
 
+    And with `tokenizer.json`, where the record has a text tokenizer.
     `record` is that of `make_record`; `step` counts the optimizer steps that the model was trained for. Returns the
     hash of the weights. The directory appears at once or not at all.
 
@@ -104,6 +108,8 @@ def write_exported(directory: str | Path, model: nn.Module, record: Mapping[str,
     sha256 = weights_sha256(state)
     with atomic_directory(directory) as partial:
         write_json(partial / CONFIG_NAME, {**record, "step": step, SHA256_KEY: sha256})
+        if record["text_tokenizer"]:
+            write_json(partial / TOKENIZER_NAME, record["text_tokenizer"])
         with atomic(partial / WEIGHTS_NAME) as temporary:
             # The entry by which other readers know that these are PyTorch's.
             save_file(state, temporary, metadata={"format": "pt"})
@@ -116,10 +122,15 @@ class DamagedCheckpointError(ValueError):
     """A file that no checkpoint can be read from."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, mapped: bool = False, average: bool = True) -> dict[str, Any]:
     """The content of a checkpoint on the CPU, without executing anything in it.
 
-    An exported checkpoint comes in the form that training writes.
+    All come in the form of a file that training writes; one in parts without the optimizer's state.
+
+    Args:
+        path: The file or directory.
+        mapped: Leave the tensors of a file on the disk until they are used.
+        average: Of a checkpoint in parts read no trained weights that have an average; else no averages.
 
     Raises: FileNotFoundError if there is none; DamagedCheckpointError, or another ValueError if it is not ours or of a
         newer format.
@@ -128,7 +139,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at '{path}'; correct the path")
     try:
-        content = _read_exported(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+        if is_sharded(path):
+            content = read_sharded(path, wanted=_averages_first if average else _trained)
+        elif path.is_dir():
+            content = _read_exported(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged pickle can raise any error
@@ -146,13 +162,29 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "use the dalle1 version that wrote it"
         )
     missing = [name for name in _RECORD_FIELDS if name not in record]
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         missing += [name for name in ("step", SHA256_KEY) if name not in record]
     else:
         missing += [name for name in ("state_dict", "global_step") if name not in content]
     if missing:
         raise ValueError(f"'{path}' must hold all parts of a checkpoint, it lacks {', '.join(missing)}")
-    return cast("dict[str, Any]", content)
+    return content
+
+
+def weights_of(content: Mapping[str, Any], *, average: bool = True) -> dict[str, Tensor]:
+    """The network's weights in what `read_checkpoint` gave, averages where there are such unless not wanted."""
+    state = {
+        name.removeprefix(_MODEL_PREFIX): tensor
+        for name, tensor in content["state_dict"].items()
+        if name.startswith(_MODEL_PREFIX)
+    }
+    return state | (content.get(EMA_KEY, {}) if average else {})
+
+
+def build_model(record: Mapping[str, Any]) -> DVAE | CLIP | DalleTransformer:
+    """The network that a record describes, with initial weights. Raises: TypeError or ValueError if it is unknown."""
+    config_type, model_type = _KINDS[record["kind"]]
+    return cast("DVAE | CLIP | DalleTransformer", model_type(config_type(**record["model_config"])))
 
 
 def load_dvae(path: str | Path) -> Loaded[DVAE]:
@@ -192,6 +224,16 @@ def text_tokenizer_of(loaded: Loaded[DalleTransformer] | Loaded[CLIP], name: str
     return loaded.text_tokenizer
 
 
+def _averages_first(place: Place, places: Collection[Place]) -> bool:
+    """Whether a tensor of a checkpoint in parts is an average, or a weight without one."""
+    name = str(place[-1]).removeprefix(_MODEL_PREFIX)
+    return place[0] == EMA_KEY or (place[0] == "state_dict" and (EMA_KEY, name) not in places)
+
+
+def _trained(place: Place, _: Collection[Place]) -> bool:
+    return place[0] == "state_dict"
+
+
 def _read_exported(directory: Path) -> dict[str, Any]:
     """An exported checkpoint's content under the names that training gives it."""
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -219,17 +261,11 @@ def _load(path: str | Path, kind: str) -> Loaded[Any]:
     record = content[RECORD_KEY]
     if record["kind"] != kind:
         raise ValueError(f"'{path}' must hold a {kind}, got a {record['kind']}; give the checkpoint of stage={kind}")
-    config_type, model_type = _KINDS[kind]
     try:
-        model = model_type(config_type(**record["model_config"]))
+        model = build_model(record)
     except (TypeError, ValueError) as error:
         raise ValueError(f"'{path}' has a configuration that this version of dalle1 does not know: {error}") from error
-    state = {
-        name.removeprefix(_MODEL_PREFIX): tensor
-        for name, tensor in content["state_dict"].items()
-        if name.startswith(_MODEL_PREFIX)
-    }
-    state |= content.get(EMA_KEY, {})
+    state = weights_of(content)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -179,7 +179,7 @@ def _communication_lines(training: Training) -> str:
     ddp, fsdp = (count_communication(training, sharded=sharded) / 1e9 for sharded in (False, True))
     return (
         f"each GPU sends per update: DDP {_three_digits(ddp)} GB (gradients), "
-        f"FSDP {_three_digits(fsdp)} GB (weights twice a pass, gradients)"
+        f"FSDP {_three_digits(fsdp)} GB (blocks twice a pass, the rest once, gradients)"
     )
 
 

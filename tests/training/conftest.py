@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from stage_runs import Train
+from stage_runs import Train, TrainScript
 
 from dalle1.data.shapes_shards import ShapesRecipe, write_shapes
 from dalle1.training.run import run
@@ -81,30 +85,48 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def _options(shapes: Path, results: Path, stage: str, more: Sequence[str]) -> list[str]:
+    """All options of a stage at toy size."""
+    return [
+        f"stage={stage}",
+        *TINY["common"],
+        *TINY[stage],
+        "name=test",
+        f"results_dir={results}",
+        f"run_dir={results / stage}",
+        "data.recipe=null",
+        f"data.train={shapes}/train-*.tar",
+        f"data.val={shapes}/val-*.tar",
+        *more,
+    ]
+
+
 @pytest.fixture(scope="session")
 def train(shapes: Path) -> Train:
     """Runs a stage at toy size: `train(results_dir, "dvae", "optim.max_steps=4")` returns its summary."""
 
     def train(results: Path, stage: str, *overrides: str) -> dict[str, Any]:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose(
-                "train",
-                overrides=[
-                    f"stage={stage}",
-                    *TINY["common"],
-                    *TINY[stage],
-                    "name=test",
-                    f"results_dir={results}",
-                    f"run_dir={results / stage}",
-                    "data.recipe=null",
-                    f"data.train={shapes}/train-*.tar",
-                    f"data.val={shapes}/val-*.tar",
-                    *overrides,
-                ],
-            )
+            cfg = compose("train", overrides=_options(shapes, results, stage, overrides))
         return run(cfg)
 
     return train
+
+
+@pytest.fixture(scope="session")
+def train_script(shapes: Path) -> TrainScript:
+    """The same through `train.py`, which may start several processes; returns what it prints."""
+
+    def train_script(results: Path, stage: str, *overrides: str) -> str:
+        script = CONF.parent / "train.py"
+        path = os.pathsep.join([str(script.parent / "src"), str(Path(__file__).parent)])
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(script), *_options(shapes, results, stage, overrides)]
+        done = subprocess.run(command, cwd=results, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return train_script
 
 
 @pytest.fixture(scope="session")

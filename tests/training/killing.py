@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,36 @@ class KillAt(pl.Callback):
     def _kill(self, trainer: pl.Trainer) -> None:
         if trainer.global_step == self._step and trainer.global_rank == self._rank:
             os.kill(os.getpid(), self._number)
+
+
+class KillSometime(pl.Callback):
+    """Kills this process, as a machine that fails does, at a moment that `seed` decides.
+
+    That is up to `after` seconds after training has begun, or up to 20 ms after a checkpoint has begun to be saved."""
+
+    def __init__(self, seed: int, rank: int = 0, after: float | None = None) -> None:
+        """Kill device `rank`; without `after` in a checkpoint."""
+        self._random = random.Random(seed)
+        self._rank = rank
+        self._after = after
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the time."""
+        if self._after is not None:
+            self._kill_within(trainer, self._after)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Set the time."""
+        if self._after is None:
+            self._kill_within(trainer, 0.02)
+
+    def _kill_within(self, trainer: pl.Trainer, seconds: float) -> None:
+        if trainer.global_rank == self._rank:
+            timer = threading.Timer(self._random.uniform(0, seconds), os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
 
 
 class NoteWeights(pl.Callback):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Train = Callable[..., dict[str, Any]]  # the fixture `train`
+TrainScript = Callable[..., str]  # the fixture `train_script`
 STAGES = ("dvae", "clip", "transformer")
 
 

@@ -79,7 +79,7 @@ def test_fsdp_keeps_a_share_and_gathers_two_blocks(training: Training, mixed: bo
     weights = training.weights
     share, block, ends = weights.total, weights.blocks // 3, weights.embeddings + weights.heads
     assert (memory.weights, memory.moments, memory.average, memory.buckets) == (share, 2 * share, share, 0)
-    assert memory.gathered_weights == element * (2 * block + ends)
+    assert memory.gathered_weights == element * 2 * block + 4 * ends
     assert memory.gradients == share + 4 * (block + ends)
     kept = count_activations(MODEL, 6, backend="flex", mixed=mixed, recompute=True)
     # The gathered weights are in the type of the products already.
@@ -105,10 +105,13 @@ def test_largest_batch_fits_and_one_more_does_not(training: Training, sharded: b
 
 
 def test_ddp_sends_gradients_once_an_update_and_fsdp_weights_and_gradients_in_every_pass(training: Training) -> None:
-    weights = training.weights.total
+    weights, blocks = training.weights.total, training.weights.blocks
+    ends = weights - blocks
     assert count_communication(training, sharded=False) == 2 * 4 * weights * 3 // 4
-    assert count_communication(training, sharded=True) == 2 * (2 + 2 + 4) * weights * 3 // 4
-    assert count_communication(replace(training, mixed=False), sharded=True) == 2 * (4 + 4 + 4) * weights * 3 // 4
+    mixed = (2 + 2) * blocks + 4 * ends + 4 * weights
+    assert count_communication(training, sharded=True) == 2 * mixed * 3 // 4
+    full = (4 + 4) * blocks + 4 * ends + 4 * weights
+    assert count_communication(replace(training, mixed=False), sharded=True) == 2 * full * 3 // 4
 
 
 def test_sending_less_is_cheaper_for_ddp_and_what_it_keeps_takes_memory(training: Training) -> None:

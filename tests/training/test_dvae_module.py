@@ -37,7 +37,7 @@ def make_module(
 
     def make(step: int = 5, **options: object) -> DVAEModule:
         module = DVAEModule(make_dvae(), DVAEOptimConfig(**(optim_numbers | options)), seed=3)
-        monkeypatch.setattr(module, "log_means", lambda split, values, size: setattr(module, "logged", values))
+        monkeypatch.setattr(module, "log_means", lambda split, values, size, **_: setattr(module, "logged", values))
         monkeypatch.setattr(DVAEModule, "global_step", step)
         monkeypatch.setattr(DVAEModule, "global_rank", 0)
         return module

@@ -238,3 +238,12 @@ def test_report_has_the_promised_keys(trained: Path, shapes: Path) -> None:
     assert "whole prompt" in table
     assert "best of 16 by CLIP" in table
     json.dumps(report)
+
+
+def test_earlier_run_is_not_gone_on_with_if_that_is_asked_for(train: Train, trained: Path) -> None:
+    before = sorted((trained / "dvae").rglob("*"))
+    with pytest.raises(ValueError, match=r"dvae' must be empty with resume=never, it holds an earlier run"):
+        train(trained, "dvae", "resume=never")
+    with pytest.raises(ValueError, match="resume must be auto or never, got yes"):
+        train(trained, "dvae", "resume='yes'")
+    assert sorted((trained / "dvae").rglob("*")) == before

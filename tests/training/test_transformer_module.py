@@ -44,7 +44,7 @@ def make_module(
             text_tokenizer=text_tokenizer,
             compute=compute,
         )
-        monkeypatch.setattr(module, "log_means", lambda split, values, size: setattr(module, "logged", values))
+        monkeypatch.setattr(module, "log_means", lambda split, values, size, **_: setattr(module, "logged", values))
         return module
 
     return make

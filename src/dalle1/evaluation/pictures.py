@@ -131,6 +131,9 @@ def read_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     for metrics_csv in sorted(starts, key=lambda path: int(path.parent.name.removeprefix("version_"))):
         with open(metrics_csv, newline="") as file:
             for row in csv.DictReader(file):
+                # A process that was killed may have cut its last line.
+                if None in row.values():
+                    continue
                 for name, value in row.items():
                     if "/" in name and value:
                         curves[name][int(row["step"])] = float(value)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -146,6 +147,15 @@ class TokenLosses:
 _CODE_HEAD_STD = 0.1
 
 
+class Norm(nn.LayerNorm):
+    """A layer norm whose gains may come in fewer bits than its input, as those of sharded blocks do."""
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Same shape and type."""
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -167,9 +177,9 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         d = config.d_model
-        self.attention_norm = nn.LayerNorm(d, eps=config.norm_eps)
+        self.attention_norm = Norm(d, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(d, eps=config.norm_eps)
+        self.mlp_norm = Norm(d, eps=config.norm_eps)
         hidden = config.mlp_ratio * d
         activation = QuickGELU() if config.activation == "quick_gelu" else nn.GELU()
         self.mlp = nn.Sequential(nn.Linear(d, hidden), activation, nn.Linear(hidden, d))

@@ -15,6 +15,7 @@ from dalle1.data.preparation import collate
 from dalle1.evaluation.pictures import save_picture
 from dalle1.training.disk_full import going_on_if_disk_is_full
 from dalle1.training.logging import log_picture
+from dalle1.training.sharding import whole_network
 from dalle1.training.stage_module import StageModule
 
 
@@ -82,9 +83,12 @@ class ValidationPictures(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw with the averaged weights, which are still in place, and what the module has counted."""
-        if not trainer.is_global_zero:
-            return
         assert isinstance(pl_module, StageModule), "every stage of ours is one"
+        with whole_network(pl_module, trainer.is_global_zero):
+            if trainer.is_global_zero:
+                self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: StageModule) -> None:
         loader = trainer.val_dataloaders
         assert loader is not None, "validation is running, so there is a loader"
         batch = collate(loader.first_samples(self.n_samples))

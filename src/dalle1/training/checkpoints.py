@@ -18,6 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from dalle1.atomic_files import atomic
 from dalle1.checkpoint import DamagedCheckpointError, read_checkpoint
 from dalle1.data.fields import require_int
+from dalle1.sharded_files import find_damage, is_sharded, read_plain, read_sharded
 from dalle1.training.disk_full import (
     describe_full_disk,
     full_disk_error,
@@ -25,6 +26,7 @@ from dalle1.training.disk_full import (
     is_disk_full,
     save_if_possible,
 )
+from dalle1.training.sharded_checkpoints import point_to
 
 logger = logging.getLogger(__name__)
 
@@ -127,17 +129,32 @@ class LastCheckpoint(pl.Callback):
         kept = self.path.with_name(f"step{step:07d}.ckpt")
         with going_on_if_disk_is_full(kept):
             link(self.path, kept)
+        # A directory has no second name: what is called by one stays.
+        named = {path.resolve() for path in self.path.parent.iterdir() if path.is_symlink()}
         for old in earlier_checkpoints(self.path.parent)[self._keep_last :]:
-            if not self._keep_every or _step_of(old) % self._keep_every:
+            if old.resolve() not in named and (not self._keep_every or _step_of(old) % self._keep_every):
                 # With what lies beside it, such as `powersgd/step0000500-rank0000.pt`.
                 for path in (old, *old.parent.glob(f"*/{old.stem}-*")):
-                    path.unlink(missing_ok=True)
+                    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a directory, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def link(path: Path, name: Path) -> None:
-    """Give a file a second `name`, in place of what has it now, all at once."""
+    """Give a checkpoint a second `name`, in place of what has it now, all at once."""
     if name.exists() and os.path.samefile(path, name):
         return  # to rename would leave the temporary name
+    if name.is_dir() and not name.is_symlink():
+        _remove(name)  # in parts, of the same update: nothing else is called so
+    if path.is_dir():
+        point_to(name, path.resolve())
+        return
     with atomic(name) as temporary:
         try:
             os.link(path, temporary)
@@ -154,6 +171,10 @@ def is_validation_due(trainer: pl.Trainer) -> bool:
 
 def check_sums(path: Path) -> None:
     """Raise DamagedCheckpointError if a byte of a tensor has changed: torch writes sums of them, and does not look."""
+    if path.is_dir():
+        if damage := find_damage(path):
+            raise DamagedCheckpointError(f"'{path}' is damaged: {damage}; delete it")
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -184,7 +205,7 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in ([last] if last.exists() else []) + earlier_checkpoints(directory):
         try:
             check_sums(path)
-            content = read_checkpoint(path)
+            content = read_plain(path) if path.is_dir() else read_checkpoint(path)
         except DamagedCheckpointError as error:
             first_error = first_error or error
             damaged.append(path)
@@ -200,6 +221,8 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, syncs it and renames it, so that a crash never damages the last one.
 
+    Reads those in parts too, so that a run may go on without sharding.
+
     Attributes:
         failure: Why the last one is not there, in words, if the disk was full; what was there before still is. No
             error, because only the first device writes, and the others would wait for it.
@@ -209,6 +232,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Nothing has failed yet."""
         super().__init__()
         self.failure: str | None = None
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """The content of a checkpoint, with whole tensors."""
+        return read_sharded(path) if is_sharded(path) else super().load_checkpoint(path, *arguments, **options)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`."""

@@ -1,8 +1,8 @@
 """What training a transformer costs on some GPUs: memory, communication, time; pure arithmetic.
 
-Two ways to use several devices are counted. DDP, in which every device has all weights and their state, is how this
-framework trains. FSDP ("fully sharded": every device has a part of each, a block's weights are gathered when they are
-needed, the next block's meanwhile) is what it would cost.
+Two ways to use several devices are counted: DDP, in which every device has all weights and their state, and FSDP
+("fully sharded": every device has a part of each, a block's weights are gathered when they are needed, the next block's
+meanwhile; see `training.sharding`).
 
 Not counted: the dVAE that makes the image tokens, scratch of single operations but the heads', what CUDA and NCCL take
 for themselves, what the allocator cannot use. All parts are added up, though gradients appear while activations go.
@@ -70,7 +70,7 @@ class Memory:
     """Bytes on one device."""
 
     weights: int
-    gathered_weights: int  # FSDP: of two blocks, the embeddings and the heads, in the type of matrix products
+    gathered_weights: int  # FSDP: of two blocks in the type of matrix products; embeddings and heads in fp32
     gradients: int
     buckets: int  # DDP: copies of the gradients that are sent
     unsent: int  # DDP: what has not been sent yet, if gradients are compressed
@@ -103,7 +103,7 @@ def count_memory(training: Training, *, sharded: bool, recompute: bool) -> Memor
     kept = activations.total - (activations.weight_copies if sharded else 0)
     return Memory(
         weights=share,
-        gathered_weights=training._compute_bytes * (2 * block + ends) if sharded else 0,
+        gathered_weights=training._compute_bytes * 2 * block + _FP32 * ends if sharded else 0,
         # A block's gradient is whole until it is sent; those of embeddings and heads are to the end.
         gradients=share + (_FP32 * (block + ends) if sharded else 0),
         buckets=_FP32 * weights.total if n > 1 and not sharded else 0,
@@ -135,10 +135,12 @@ def largest_batch(training: Training, gigabytes: float, *, sharded: bool, recomp
 def count_communication(training: Training, *, sharded: bool) -> int:
     """Bytes that each device sends in one update, by ring algorithms.
 
-    DDP all-reduces the gradients, or what `communication` makes of them, once per update. FSDP gathers the weights
-    twice in each pass, for the forward and for the backward pass, and reduces and scatters the gradients, in fp32."""
-    n, weights = training.devices, training.weights.total
-    fsdp = training.passes * (2 * training._compute_bytes + _FP32) * weights
+    DDP all-reduces the gradients, or what `communication` makes of them, once per update. FSDP gathers the blocks'
+    weights twice in each pass, for the forward and for the backward pass, the others once, in fp32, and reduces and
+    scatters the gradients, in fp32."""
+    n, weights = training.devices, training.weights
+    gathered = 2 * training._compute_bytes * weights.blocks + _FP32 * (weights.embeddings + weights.heads)
+    fsdp = training.passes * (gathered + _FP32 * weights.total)
     return (fsdp if sharded else 2 * training.handed_bytes) * (n - 1) // n
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dalle1.checkpoint import EMA_KEY
+from dalle1.training.sharding import forget_gathered
 
 
 class EMA(pl.Callback):
@@ -88,7 +89,8 @@ class EMA(pl.Callback):
 
 
 def _weights(pl_module: pl.LightningModule) -> list[tuple[str, Tensor]]:
-    """The weights that training changes, by their names in the network."""
+    """The weights that training changes, by their names in the network; where it is sharded, this device's parts."""
+    forget_gathered(pl_module)
     network: torch.nn.Module = pl_module.model  # type: ignore[assignment]
     return [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
 

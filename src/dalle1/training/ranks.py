@@ -75,6 +75,19 @@ def _describe(rank: int, code: int) -> str:
     return f"all ranks must go on together, rank {rank} has ended {how}; what it has said is above"
 
 
+def check_timeout(minutes: float) -> timedelta:
+    """As a duration. Raises: ValueError unless it is > 0."""
+    if not minutes > 0:
+        raise ValueError(f"trainer.strategy.timeout_minutes must be > 0, got {minutes}")
+    return timedelta(minutes=minutes)
+
+
+def keep_collectives_in_mind() -> None:
+    """Let NCCL remember its last collectives, to tell them if one takes too long."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
 class DDP(DDPStrategy):
     """Every device has the whole model; gradients are averaged (`torch.nn.parallel.DistributedDataParallel`)."""
 
@@ -88,14 +101,11 @@ class DDP(DDPStrategy):
 
         Raises: ValueError for another `timeout_minutes`.
         """
-        if not timeout_minutes > 0:
-            raise ValueError(f"trainer.strategy.timeout_minutes must be > 0, got {timeout_minutes}")
-        super().__init__(timeout=timedelta(minutes=timeout_minutes), **kwargs)
+        super().__init__(timeout=check_timeout(timeout_minutes), **kwargs)
 
     def setup_environment(self) -> None:
-        """Find the other processes; NCCL keeps its last collectives in mind, to tell them if one takes too long."""
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        """Find the other processes."""
+        keep_collectives_in_mind()
         super().setup_environment()
 
     def _configure_launcher(self) -> None:

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from dalle1.atomic_files import write_json
+from dalle1.atomic_files import remove_partial, write_json
 from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, load_image_tokenizer
 from dalle1.data.config import DataConfig
 from dalle1.data.datamodule import PairDataModule
@@ -49,6 +49,7 @@ from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
 from dalle1.training.ranks import Agreement, finish_ranks
+from dalle1.training.sharding import FullyShardedStrategy
 from dalle1.training.stage_module import StageModule
 from dalle1.training.stop_signals import RunStoppedError, StopSignals
 from dalle1.training.tensorboard import TensorBoard
@@ -78,6 +79,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     run_dir = Path(cfg.run_dir)
     is_new = not run_dir.exists() or not any(run_dir.iterdir())
+    _check_resume(cfg.resume, run_dir, is_new=is_new)
     try:
         while True:
             try:
@@ -98,6 +100,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise SystemExit(0) from None
     finally:
         _remove_if_empty(run_dir)
+
+
+def _check_resume(resume: object, run_dir: Path, *, is_new: bool) -> None:
+    if resume not in ("auto", "never"):
+        raise ValueError(f"resume must be auto or never, got {resume}; another name= begins anew")
+    # The first process alone: it has begun to write when it starts the others.
+    if resume == "never" and not is_new and getattr(rank_zero_only, "rank", 0) == 0:
+        raise ValueError(
+            f"'{os.path.relpath(run_dir)}' must be empty with resume=never, it holds an earlier run; choose another "
+            "name=, or resume=auto to go on with it"
+        )
 
 
 def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
@@ -223,14 +236,23 @@ def _transformer_module(cfg: DictConfig) -> TransformerModule:
         grid_height=grid,
         grid_width=grid,
     )
+    # Sharded, all devices get the first one's weights: no other needs memory for the whole.
+    is_needed = not _is_sharded(cfg) or rank_zero_only(lambda: True)()
+    with nullcontext() if is_needed else torch.device("meta"):
+        network = DalleTransformer(model)
     return TransformerModule(
-        DalleTransformer(model),
+        network,
         optim,
         seed=cfg.seed,
         image_tokenizer=image_tokenizer,
         text_tokenizer=text_tokenizer,
         compute=compute,
     )
+
+
+def _is_sharded(cfg: DictConfig) -> bool:
+    strategy = cfg.trainer.get("strategy")
+    return isinstance(strategy, DictConfig) and strategy["_target_"].rpartition(".")[2] == FullyShardedStrategy.__name__
 
 
 _MODULES: dict[str, Callable[[DictConfig], StageModule]] = {
@@ -300,6 +322,8 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         keep_freed_memory()
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
+        remove_partial(run_dir)  # over a month of kills they would fill the disk
+        (run_dir / SUMMARY).unlink(missing_ok=True)  # of a run that is made longer: it says that a run is complete
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
         for each in trainer.loggers:
             if isinstance(each, WandbLogger):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,6 +22,7 @@ from dalle1.tokenizers.text import TextTokenizer
 from dalle1.training.bad_updates import BadUpdates
 from dalle1.training.optim import OptimConfig, build_optimizer, clip_variance
 from dalle1.training.plateau import PlateauHalving
+from dalle1.training.sharding import in_whole
 
 
 def derive_seed(*numbers: int | str) -> int:
@@ -65,7 +66,7 @@ class StageModule(pl.LightningModule):
         self.alarm: str | None = None  # what the last validation found wrong, in one sentence; goes into the summary
         self.bad_updates: BadUpdates | None = None  # decides which updates are made, once training begins
         self.part = 0  # batches of the coming update that have given their gradients
-        self._sums: dict[str, Tensor] = {}  # of what is logged of it
+        self._sums: dict[str, Any] = {}  # of what is logged of it: sum and count of each
         # Weights that this update set anew, by their names in `model`: their average starts over.
         self.fresh_weights: set[str] = set()
         self._plateau = PlateauHalving(optim, self._mean_over_ranks) if optim.lr_schedule == "plateau" else None
@@ -118,7 +119,7 @@ class StageModule(pl.LightningModule):
             optimizer.zero_grad(set_to_none=True)
             return
         limit = self.optim.grad_clip_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = in_whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         self.log("train/grad_norm", norm)
         # Before the weights change: the last checkpoint stays good.
         if self.bad_updates is None:
@@ -185,27 +186,44 @@ class StageModule(pl.LightningModule):
             seeds = [derive_seed(self.seed, self.global_step, place, "val") for place in places]
         return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
-    def log_means(self, split: str, values: dict[str, Tensor | float], batch_size: int) -> None:
-        """Log values as `split/name`: means over the validation set, or over an update; both over all ranks.
+    def log_means(
+        self,
+        split: str,
+        values: Mapping[str, Tensor | float],
+        n_samples: int,
+        *,
+        counts: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Log values of a batch as `split/name`: as means over the validation set, or over an update, over all ranks.
 
         Those of an update are logged when it is complete, and when a line of the log is due: to average them costs the
         ranks a message.
+
+        Args:
+            split: `train` or `val`.
+            values: Each the mean over the samples of the batch.
+            n_samples: How many these are.
+            counts: Of values that are the mean over something else, over how many of it.
         """
-        if split == "train":
-            for name, value in values.items():
-                given = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
-                self._sums[name] = self._sums.get(name, 0.0) + given.float().to(self.device)
-            return
+        counts = counts or {}
         for name, value in values.items():
-            self.log(
-                f"{split}/{name}",
-                value,
-                # Lightning averages these weights over ranks in whole numbers: multiples of their number stay exact.
-                batch_size=batch_size * self.trainer.world_size,
-                on_step=False,
-                on_epoch=True,
-                sync_dist=True,
-            )
+            count = counts.get(name, n_samples)
+            if split == "train":
+                given = torch.stack(
+                    [torch.as_tensor(each, device=self.device).detach().float() for each in (value, count)]
+                )
+                given[0] *= given[1]
+                self._sums[name] = self._sums.get(name, 0) + given
+            else:
+                self.log(
+                    f"{split}/{name}",
+                    value,
+                    # Lightning averages weights over ranks in whole numbers: multiples of their number stay exact.
+                    batch_size=int(count) * self.trainer.world_size,
+                    on_step=False,
+                    on_epoch=True,
+                    sync_dist=True,
+                )
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Log the means of the update that is about to be made."""
@@ -213,6 +231,6 @@ class StageModule(pl.LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.global_step + 1) % every and "train/loss" in self.trainer.callback_metrics:
             return
-        means = self._mean_over_ranks(torch.stack(list(sums.values())) / self.part)
-        for name, mean in zip(sums, means, strict=True):
+        totals, counts = self._mean_over_ranks(torch.stack(list(sums.values()))).unbind(1)
+        for name, mean in zip(sums, totals / counts.clamp(min=1e-9), strict=True):
             self.log(f"train/{name}", mean)

@@ -18,8 +18,9 @@ from dalle1.training.checkpoints import AtomicCheckpointIO
 from dalle1.training.communication import Communication
 from dalle1.training.communication_callback import CommunicationCallback, check_communication
 from dalle1.training.optim import OptimConfig
+from dalle1.training.sharding import FullyShardedStrategy
 from dalle1.training.stage_module import StageModule
-from dalle1.training.transformer_module import TransformerOptimConfig
+from dalle1.training.transformer_module import TransformerModule, TransformerOptimConfig
 
 
 def check_precision(precision: str, optim: OptimConfig) -> None:
@@ -37,6 +38,22 @@ def check_precision(precision: str, optim: OptimConfig) -> None:
         )
 
 
+def check_sharding(strategy: object, module: StageModule) -> None:
+    """Raise ValueError unless the strategy can train the network as it is to be trained."""
+    if not isinstance(strategy, FullyShardedStrategy):
+        return
+    if not isinstance(module, TransformerModule):
+        raise ValueError(
+            f"trainer=fsdp must be for stage=transformer, whose blocks it shards, got stage={module.record['kind']}; "
+            "use trainer=ddp"
+        )
+    if module.optim.resblock_gradient_scaling:
+        raise ValueError(
+            "optim.resblock_gradient_scaling must be false with trainer=fsdp, got true: its scales need whole "
+            "gradients; use trainer.precision=bf16-mixed"
+        )
+
+
 def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, extra: list[pl.Callback]) -> pl.Trainer:
     """Lightning's trainer, as the groups trainer, callbacks and logger describe it; `extra` come after their callbacks.
 
@@ -51,6 +68,7 @@ def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, extra: li
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     arguments = instantiate(cfg.trainer, _convert_="all")
     check_precision(str(arguments.get("precision", "")), module.optim)
+    check_sharding(arguments.get("strategy"), module)
     if arguments.get("val_check_interval") == 0:
         raise ValueError("trainer.val_check_interval must be >= 1 update, got 0")
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())

@@ -21,6 +21,7 @@ from dalle1.sampling.sampler import Sampler
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
 from dalle1.training.optim import OptimConfig
+from dalle1.training.sharding import FullyShardedStrategy
 from dalle1.training.stage_module import StageModule, derive_seed
 
 
@@ -127,6 +128,11 @@ class TransformerModule(StageModule):
         self.known_tokens: dict[int, Tensor] = {}
         self.scaling = _scale_resblocks(model) if optim.resblock_gradient_scaling else None
 
+    def configure_model(self) -> None:
+        """Shard the network if the strategy says so; called before training and before each validation of its own."""
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            self.trainer.strategy.shard(self.model)
+
     @property
     def product_dtype(self) -> torch.dtype:
         """The type that most matrix products of training have their factors in."""
@@ -197,7 +203,9 @@ class TransformerModule(StageModule):
             "image_nats_per_token": losses.image_nats.mean(),
             "image_accuracy": losses.image_correct.float().mean(),
         }
-        self.log_means(split, values, len(text_tokens))
+        n_told = is_told.sum()
+        counts = {"text_nats_per_token": n_told, "text_accuracy": n_told}
+        self.log_means(split, values, len(text_tokens), counts=counts)
         return losses.loss
 
     def _image_tokens(self, pixels: Tensor) -> Tensor:
