@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from stage_runs import last
 
+from dalle1.checkpoint import read_checkpoint
 from dalle1.models.accounting import count_activations, count_flops, count_head_scratch, count_weights
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
 from dalle1.training.cost import (
@@ -139,3 +142,13 @@ def test_time_is_operations_by_what_devices_do(training: Training) -> None:
 def test_impossible_hardware_is_refused(option: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Hardware(**{"gpu_gigabytes": 80.0, "teraflops": 989.0, "mfu": 0.4, **option})
+
+
+def test_checkpoint_has_sixteen_bytes_for_each_weight(trained: Path) -> None:
+    content = read_checkpoint(last(trained, "transformer"))
+    moments = [
+        state[name] for state in content["optimizer_states"][0]["state"].values() for name in ("exp_avg", "exp_avg_sq")
+    ]
+    tensors = [*content["state_dict"].values(), *content["ema"].values(), *moments]
+    weights = sum(weight.numel() for weight in content["ema"].values())
+    assert sum(each.numel() * each.element_size() for each in tensors) == 16 * weights

@@ -54,19 +54,6 @@ def test_checkpoints_rebuild_their_models(trained: Path) -> None:
     assert weights_sha256(raw) != dvae.sha256
 
 
-def test_weights_and_biases_log_offline_and_end_with_the_run(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    assert train(tmp_path, "dvae", "logger=wandb")["step"] == 8
-    assert wandb.run is None, "the next job of a sweep would log into it"
-    assert list((tmp_path / "dvae" / "wandb").glob("offline-run-*/*.wandb"))
-    assert (tmp_path / "dvae" / "wandb_id").read_text()
-
-
 def test_run_that_fails_ends_its_weights_and_biases_run_as_failed(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dalle1.data.preparation import collate
 from dalle1.evaluation.pictures import save_picture
 from dalle1.training.disk_full import going_on_if_disk_is_full
+from dalle1.training.logging import log_picture
 from dalle1.training.sharding import whole_network
 from dalle1.training.stage_module import StageModule
 
@@ -74,7 +75,9 @@ class ValidationPictures(pl.Callback):
     Stands before `EMA` in the list of callbacks: that one takes the averaged weights out again."""
 
     def __init__(self, directory: str, n_samples: int = 8) -> None:
-        """Write `<name>-step<step>.png` into `directory`: what the module's `draw_pictures` gives for `n_samples`."""
+        """Write `<name>-step<step>.png` into `directory`: what the module's `draw_pictures` gives for `n_samples`.
+
+        Loggers that take pictures get them too."""
         self.directory = Path(directory)
         self.n_samples = n_samples
 
@@ -95,3 +98,5 @@ class ValidationPictures(pl.Callback):
             path = self.directory / f"{name}-step{trainer.global_step:07d}.png"
             with going_on_if_disk_is_full(path):
                 save_picture(picture, path)
+            # Under the step that Lightning logs this validation's numbers under.
+            log_picture(trainer.loggers, f"val/{name}", picture, trainer.fit_loop.epoch_loop._batches_that_stepped)

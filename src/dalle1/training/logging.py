@@ -1,4 +1,4 @@
-"""Weights & Biases, only when asked for: no account, no prompt and no network otherwise."""
+"""Weights & Biases, only when asked for: no account, no prompt and no network otherwise; and what loggers share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import WandbLogger
+from PIL import Image
+from pytorch_lightning.loggers import Logger, WandbLogger
 
 from dalle1.training.bad_updates import ReturnToCheckpointError
+from dalle1.training.disk_full import going_on_if_disk_is_full
 from dalle1.training.stop_signals import RunStoppedError
+from dalle1.training.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
 _ID_FILE = "wandb_id"  # in the run's directory
@@ -68,3 +71,13 @@ def begin_wandb_run(wandb_logger: WandbLogger, directory: Path, options: Mapping
     wandb_logger.log_hyperparams(dict(options))
     assert wandb_logger.version is not None, "build_wandb_logger gave it an id"
     (directory / _ID_FILE).write_text(wandb_logger.version, encoding="utf-8")
+
+
+def log_picture(loggers: Iterable[Logger], name: str, picture: Image.Image, step: int) -> None:
+    """Give a picture to the loggers that take some. `step` is the number that curves have there."""
+    for each in loggers:
+        if isinstance(each, TensorBoard):
+            each.log_picture(name, picture, step)
+        elif isinstance(each, WandbLogger):
+            with going_on_if_disk_is_full(each.save_dir or ""):
+                each.log_image(name, [picture], step)

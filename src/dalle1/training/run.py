@@ -52,6 +52,7 @@ from dalle1.training.ranks import Agreement, finish_ranks
 from dalle1.training.sharding import FullyShardedStrategy
 from dalle1.training.stage_module import StageModule
 from dalle1.training.stop_signals import RunStoppedError, StopSignals
+from dalle1.training.tensorboard import TensorBoard
 from dalle1.training.tokenizer_stage import train_tokenizer
 from dalle1.training.tokens_stage import TokensConfig, build_fabric, encode_data
 from dalle1.training.trainer import build_trainer, ctrl_c_stays_itself
@@ -327,6 +328,8 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         for each in trainer.loggers:
             if isinstance(each, WandbLogger):
                 begin_wandb_run(each, run_dir, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
+            elif isinstance(each, TensorBoard):
+                each.begin(step)
     with ctrl_c_stays_itself(), stopper, suppress(RunStoppedError):
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         savers = [each for each in trainer.callbacks if isinstance(each, LastCheckpoint)]  # type: ignore[attr-defined]
