@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,13 @@ def optim_numbers() -> dict[str, Any]:
         "grad_clip_norm": 1.0,
         "ema_decay": 0.0,
     }
+
+
+@pytest.fixture(autouse=True)
+def _denormal_numbers_come_back() -> Iterator[None]:
+    # Training does without them, for the rest of the process; tests of other things may need them.
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session", autouse=True)

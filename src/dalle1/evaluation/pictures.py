@@ -117,7 +117,7 @@ def save_curves(run_dir: Path, path: Path) -> None:
         axes.set_xlim(0, last_step * 1.02)
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, frameon=False, loc="upper right")  # the best place takes a long run a long time
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
 
