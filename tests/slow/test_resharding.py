@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import call
 
 from dalle1.sharded_files import is_sharded
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     *("image_size=16", "grid_size=2", "image_vocab_size=16", "text_vocab_size=300", "text_seq_len=64"),
     *("data.recipe.image_size=16", "data.recipe.train_samples=24", "data.recipe.val_samples=4"),
@@ -29,29 +26,25 @@ TRANSFORMER = (
 )
 
 
-def call(directory: Path, *arguments: str) -> str:
-    """What `train.py` says."""
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "training")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, *TINY, "trainer.accelerator=cpu"]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+def script(directory: Path, *arguments: str) -> None:
+    """`train.py`, with tiny networks."""
+    done = call(directory, *arguments, *TINY, "trainer.accelerator=cpu")
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where there are a text tokenizer and a dVAE."""
     directory = tmp_path_factory.mktemp("stages")
-    call(directory, "stage=tokenizer")
-    call(directory, "stage=dvae", *DVAE, "optim.max_steps=2", "optim.batch_size=4", "optim.warmup_steps=1")
+    script(directory, "stage=tokenizer")
+    script(directory, "stage=dvae", *DVAE, "optim.max_steps=2", "optim.batch_size=4", "optim.warmup_steps=1")
     return directory
 
 
 def train(directory: Path, run: str, devices: int, max_steps: int, *options: str) -> None:
     """Train with four samples in an update."""
     sizes = (f"trainer.devices={devices}", f"optim.batch_size={4 // devices}", f"optim.max_steps={max_steps}")
-    call(directory, *TRANSFORMER, *sizes, f"run_dir={directory / run}", *options)
+    script(directory, *TRANSFORMER, *sizes, f"run_dir={directory / run}", *options)
 
 
 def losses(directory: Path, run: str) -> list[float]:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import call
 
 from dalle1.checkpoint import load_clip, read_checkpoint, weights_sha256
 from dalle1.training.communication import handed_bytes
 from dalle1.training.powersgd import PowerSGD
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     *("image_size=16", "grid_size=2", "text_vocab_size=300", "text_seq_len=64", "trainer.accelerator=cpu"),
     *("data.recipe.image_size=16", "data.recipe.train_samples=24", "data.recipe.val_samples=4"),
@@ -35,11 +32,8 @@ KILL = ("+callbacks.kill._target_=killing.KillAt", "+callbacks.kill.step=4", "+c
 pytestmark = pytest.mark.slow
 
 
-def call(cwd: Path, *arguments: str) -> str:
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "training")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+def train(cwd: Path, *arguments: str) -> str:
+    done = call(cwd, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,10 +44,10 @@ def state(run: Path, rank: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_powersgd_in_two_processes_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    call(tmp_path, "stage=tokenizer", *TINY)
+    train(tmp_path, "stage=tokenizer", *TINY)
     for name, extra in (("stopped", KILL), ("stopped", ()), ("whole", ())):
         run = tmp_path / name
-        said = call(tmp_path, *CLIP, *TINY, *extra, f"run_dir={run}", f"+callbacks.weights.directory={run}")
+        said = train(tmp_path, *CLIP, *TINY, *extra, f"run_dir={run}", f"+callbacks.weights.directory={run}")
         assert "is lost" not in said
         if extra:
             assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 5
@@ -77,9 +71,9 @@ def test_powersgd_in_two_processes_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_other_number_of_processes_goes_on_with_the_mean(tmp_path: Path) -> None:
-    call(tmp_path, "stage=tokenizer", *TINY)
-    call(tmp_path, *CLIP, *TINY, *KILL, f"run_dir={tmp_path / 'run'}", f"+callbacks.weights.directory={tmp_path}")
-    said = call(
+    train(tmp_path, "stage=tokenizer", *TINY)
+    train(tmp_path, *CLIP, *TINY, *KILL, f"run_dir={tmp_path / 'run'}", f"+callbacks.weights.directory={tmp_path}")
+    said = train(
         *(tmp_path, *CLIP, *TINY, f"run_dir={tmp_path / 'run'}", f"+callbacks.weights.directory={tmp_path}"),
         "trainer.devices=1",
     )

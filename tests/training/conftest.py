@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from launching import call
 from stage_runs import Train, TrainScript
 
 from dalle1.data.shapes_shards import ShapesRecipe, write_shapes
@@ -125,11 +123,7 @@ def train_script(shapes: Path) -> TrainScript:
     """The same through `train.py`, which may start several processes; returns what it prints."""
 
     def train_script(results: Path, stage: str, *overrides: str) -> str:
-        script = CONF.parent / "train.py"
-        path = os.pathsep.join([str(script.parent / "src"), str(Path(__file__).parent)])
-        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(script), *_options(shapes, results, stage, overrides)]
-        done = subprocess.run(command, cwd=results, env=environment, capture_output=True, text=True)
+        done = call(results, *_options(shapes, results, stage, overrides))
         assert done.returncode == 0, done.stderr
         return done.stdout
 

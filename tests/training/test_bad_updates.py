@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import poison
 import pytest
 import torch
+from launching import call
 from stage_runs import STAGES, Train, last
 
 from dalle1.checkpoint import read_checkpoint, weights_sha256
@@ -21,7 +19,6 @@ from dalle1.training.bad_updates import BadUpdates
 from dalle1.training.loss_watch import LossWatch
 from dalle1.training.stage_module import StageModule
 
-ROOT = Path(__file__).parents[2]
 POISON = "+callbacks.poison._target_=poison.Poison"
 QUICK = "~callbacks.pictures"
 RETURN = ("callbacks.bad_updates.action=return", QUICK)
@@ -200,7 +197,6 @@ def test_too_many_end_the_run_over_resumes_and_returns_too(train: Train, tmp_pat
 
 
 def test_two_devices_decide_return_and_miss_a_checkpoint_together(tmp_path: Path, shapes: Path) -> None:
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "training")])
     options = [
         *("stage=dvae", "image_size=16", "grid_size=4", "image_vocab_size=16", "trainer.accelerator=cpu"),
         *("model.patch_size=4", "model.n_hid=16", "model.n_init=16", "optim.max_steps=4", "optim.batch_size=4"),
@@ -215,13 +211,7 @@ def test_two_devices_decide_return_and_miss_a_checkpoint_together(tmp_path: Path
         # The newest checkpoint when update 4 is bad is that of update 2.
         *("+callbacks.full._target_=full_disk.FullDisk", "+callbacks.full.step=3", "~callbacks.pictures"),
     ]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *options, f"run_dir={tmp_path}/dvae"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = call(tmp_path, *options, f"run_dir={tmp_path}/dvae")
     assert done.returncode == 0, done.stderr
     assert "last.ckpt' could not be written: the disk is full" in done.stdout
     assert "update 4 is bad: its loss is nan" in done.stdout

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from launching import environment
 from stage_runs import Train, last
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +24,6 @@ from dalle1.training.communication import Bf16Reducer, average_bucket, handed_by
 from dalle1.training.communication_callback import CommunicationCallback
 from dalle1.training.powersgd import PowerSGD, PowerSGDReducer
 
-ROOT = Path(__file__).parents[2]
 DDP = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1")
 POWERSGD = (*DDP, "communication=powersgd", "communication.shards=2")
 
@@ -49,12 +49,6 @@ def results(trained: Path, tmp_path: Path) -> Path:
 
 def states(results: Path) -> list[str]:
     return sorted(path.name for path in (results / "transformer" / "checkpoints" / "powersgd").iterdir())
-
-
-def environment() -> dict[str, str]:
-    """Of a process that a test starts."""
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "training")])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def logged(results: Path, stage: str, name: str) -> list[float]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stage_runs import TrainScript, last
 
+from dalle1.checkpoint import load_transformer
 from dalle1.models import relaxation
 from dalle1.models.attention import build_attention
 from dalle1.models.decoding import Decoder, Decoding
@@ -179,3 +183,23 @@ def test_candidates_that_share_a_beginning_go_on_in_cuda_graphs(
             many.step(tokens.repeat_interleave(3))
         tokens = torch.arange(6, device="cuda")
         torch.testing.assert_close(one.spread(3).step(tokens), many.step(tokens), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sending", ["plain", "bf16", "powersgd"])
+def test_compiled_run_in_bf16_under_a_strategy_goes_on_after_a_signal(
+    trained: Path, train_script: TrainScript, tmp_path: Path, strategy: str, sending: str
+) -> None:
+    if strategy == "fsdp" and sending != "plain":
+        pytest.skip("other ways to send are for DDP")
+    for stage in ("tokenizer", "dvae"):
+        shutil.copytree(trained / stage, tmp_path / stage)
+    options = (f"trainer={strategy}", *ON_GPU, "trainer.devices=1", "compute.compile=true", "model.d_model=64")
+    options += (f"communication={sending}", "compute.activation_checkpointing=true")
+    kill = ("+callbacks.kill._target_=killing.KillAt", "+callbacks.kill.step=5")
+    assert "SIGTERM has stopped" in train_script(tmp_path, "transformer", *options, *kill)
+    assert "from step 6" in train_script(tmp_path, "transformer", *options)
+    summary = json.loads((tmp_path / "transformer" / "summary.json").read_text())
+    assert summary["step"] == 8
+    assert summary["loss"] < 10
+    assert load_transformer(last(tmp_path, "transformer")).step == 8
