@@ -11,7 +11,7 @@ PEER := --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6 axial
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-browser test-slow bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-data bench-communication soak-data sampling-curves bench-gpu bench-memory lint types clean
+.PHONY: help setup demo test test-browser test-slow bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-data bench-communication soak-data soak-training sampling-curves bench-gpu bench-memory lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-22s %s\n", $$1, $$2}'

@@ -58,7 +58,9 @@ def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
     assert not ragged
 
 
-@pytest.mark.parametrize(("code", "is_complete", "requeues"), [(0, False, True), (0, True, False), (1, False, False)])
+@pytest.mark.parametrize(
+    ("code", "is_complete", "requeues"), [(0, False, True), (143, False, True), (0, True, False), (1, False, False)]
+)
 def test_slurm_job_comes_again_if_it_has_ended_well_before_its_end(
     tmp_path: Path, code: int, is_complete: bool, requeues: bool
 ) -> None:

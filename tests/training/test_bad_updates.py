@@ -15,6 +15,7 @@ from launching import call
 from stage_runs import STAGES, Train, last
 
 from dalle1.checkpoint import read_checkpoint, weights_sha256
+from dalle1.run_status import read_status
 from dalle1.training.bad_updates import BadUpdates
 from dalle1.training.loss_watch import LossWatch
 from dalle1.training.stage_module import StageModule
@@ -271,3 +272,11 @@ def test_line_that_a_crash_cut_off_spoils_no_other(tmp_path: Path) -> None:
 def test_other_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BadUpdates("run", **options)
+
+
+def test_run_that_ends_before_its_first_checkpoint_keeps_what_it_has_found(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no checkpoint has it: see its samples in '.*bad_updates.jsonl'"):
+        train(tmp_path, "dvae", "callbacks.bad_updates.action=stop", POISON, "+callbacks.poison.step=1")
+    (line,) = log_of(tmp_path)
+    assert line["update"] == 2
+    assert read_status(tmp_path / "dvae" / "status.json").state == "failed"

@@ -136,16 +136,39 @@ def test_state_is_there_before_its_checkpoint(
     assert not [message for message in caplog.messages if "is lost" in message]
 
 
-def test_full_disk_is_an_error_before_the_checkpoint(
+@pytest.mark.parametrize("words", ["[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0", "other"])
+def test_full_disk_costs_what_has_not_been_sent_and_another_error_ends_the_run_before_the_checkpoint(
+    train: Train, results: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, words: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr("dalle1.training.communication_callback.save_state", fail)
+    if words == "other":
+        with pytest.raises(RuntimeError, match="other"):
+            train(results, "transformer", *POWERSGD)
+        assert not last(results, "transformer").exists()
+    else:
+        train(results, "transformer", *POWERSGD)
+        assert last(results, "transformer").exists()
+        assert "what PowerSGD has not sent after update 8 is not saved: [enforce" in caplog.text
+
+
+def test_nothing_of_a_skipped_update_is_sent_later(
     train: Train, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError("No space left on device")
+    seen: list[bool] = []
+    forget = PowerSGDReducer.forget_errors
 
-    monkeypatch.setattr("dalle1.training.communication_callback.save_state", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        train(results, "transformer", *POWERSGD)
-    assert not last(results, "transformer").exists()
+    def note(self: PowerSGDReducer) -> None:
+        seen.append(any(error.any() for error in self.errors().values()))
+        forget(self)
+        assert not any(error.any() for error in self.errors().values())
+
+    monkeypatch.setattr(PowerSGDReducer, "forget_errors", note)
+    poison = ("+callbacks.poison._target_=poison.Poison", "+callbacks.poison.step=5", "+callbacks.poison.factor=1e4")
+    train(results, "transformer", *POWERSGD, *poison, "callbacks.bad_updates.loss_window=3")
+    assert seen == [True]
 
 
 def test_scaled_resblocks_go_with_it(train: Train, results: Path) -> None:

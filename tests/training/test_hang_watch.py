@@ -34,4 +34,4 @@ def test_ranks_at_the_same_place_are_told_from_one_that_is_late() -> None:
 @pytest.mark.parametrize("minutes", [0.0, -1.0])
 def test_timeout_must_be_some_time(minutes: float) -> None:
     with pytest.raises(ValueError, match=f"timeout_minutes must be > 0, got {minutes}"):
-        HangWatch("runs", minutes)
+        HangWatch(minutes)

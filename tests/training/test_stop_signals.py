@@ -76,7 +76,9 @@ def test_signal_in_the_last_validation_ends_it(train: Train, trained: Path, tmp_
     with pytest.raises(SystemExit) as stopped:
         train(tmp_path, "dvae", *options, KILL[0], "+callbacks.kill.step=9", "+callbacks.kill.batch=0")
     assert stopped.value.code == 0
+    assert read_status(tmp_path / "dvae" / "status.json").state == "stopped"
     assert train(tmp_path, "dvae", *options)["step"] == 9
+    assert read_status(tmp_path / "dvae" / "status.json").state == "complete"
 
 
 def test_update_of_several_batches_is_made_to_its_end(train: Train, tmp_path: Path) -> None:

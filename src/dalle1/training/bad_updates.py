@@ -161,7 +161,7 @@ class BadUpdates(pl.Callback):
             raise ReturnToCheckpointError(said)
 
     def _last_words(self, said: str) -> str:
-        way_out = f"the last checkpoint is good: see the samples in '{self._directory / LOG}', or choose a lower"
+        way_out = f"no checkpoint has it: see its samples in '{self._directory / LOG}', or choose a lower"
         if self._action == "stop":
             return f"updates must have a finite loss and gradient, but {said}; {way_out} optim.lr and name="
         return (

@@ -205,7 +205,7 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in ([last] if last.exists() else []) + earlier_checkpoints(directory):
         try:
             check_sums(path)
-            content = read_plain(path) if path.is_dir() else read_checkpoint(path)
+            content = read_plain(path) if path.is_dir() else read_checkpoint(path, mapped=True)
         except DamagedCheckpointError as error:
             first_error = first_error or error
             damaged.append(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,11 +10,15 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
+from dalle1.training.bad_updates import BadUpdates
 from dalle1.training.communication import Bf16, Bf16Reducer, Communication, Reducer, average_bucket
+from dalle1.training.disk_full import is_disk_full
 from dalle1.training.powersgd import PowerSGD, PowerSGDReducer
 from dalle1.training.powersgd_files import load_state, remove_orphans, save_state
 from dalle1.training.stage_module import StageModule
 from dalle1.training.transformer_module import TransformerModule
+
+logger = logging.getLogger(__name__)
 
 
 def check_communication(communication: Communication, strategy: object, module: StageModule) -> None:
@@ -48,7 +53,7 @@ class CommunicationCallback(pl.Callback):
         self._seed = seed
         self._reducer: Reducer | None = None
         self._counted = (0, 0)
-        self._last_step = 0
+        self._last_step = self._n_bad = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Register the hook: checkpoints are loaded, and no gradient has been sent."""
@@ -79,10 +84,18 @@ class CommunicationCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what the update has sent (a batch that only accumulates sends nothing)."""
+        """Log what the update has sent (a batch that only accumulates sends nothing).
+
+        Of an update that was thrown away nothing may come back later.
+        """
         if trainer.global_step == self._last_step or self._reducer is None:
             return
         self._last_step = trainer.global_step
+        bad_updates: BadUpdates | None = pl_module.bad_updates  # type: ignore[assignment]
+        n_bad = bad_updates.count if bad_updates is not None else 0
+        if n_bad > self._n_bad and isinstance(self._reducer, PowerSGDReducer):
+            self._reducer.forget_errors()
+        self._n_bad = n_bad
         sent, plain = self._reducer.sent_bytes - self._counted[0], self._reducer.plain_bytes - self._counted[1]
         self._counted = (self._reducer.sent_bytes, self._reducer.plain_bytes)
         pl_module.log("perf/sent_megabytes", sent / 1e6)
@@ -93,11 +106,15 @@ class CommunicationCallback(pl.Callback):
     ) -> None:
         """Write this device's state, and wait for all others: the checkpoint gets its name after that.
 
-        Raises: OSError on all devices if one of them could not write.
+        Where the disk is full the checkpoint has none, and a run that goes on from it begins with nothing owed.
+
+        Raises: OSError or RuntimeError on all devices if one of them could not write for another reason.
         """
         if not isinstance(self._reducer, PowerSGDReducer):
             return
-        failure: OSError | None = None
+        if trainer.is_global_zero:  # such as those of a `best.ckpt` that is no more
+            remove_orphans(self._checkpoints, trainer.global_step)
+        failure: Exception | None = None
         try:
             save_state(
                 self._checkpoints,
@@ -107,7 +124,12 @@ class CommunicationCallback(pl.Callback):
                 errors=self._reducer.errors(),
                 queries=self._reducer.queries(),
             )
-        except OSError as error:
-            failure = error
+        except (OSError, RuntimeError) as error:
+            if is_disk_full(error):
+                logger.warning(
+                    "what PowerSGD has not sent after update %d is not saved: %s", trainer.global_step, error
+                )
+            else:
+                failure = error
         if not trainer.strategy.reduce_boolean_decision(failure is None):
             raise failure or OSError(f"another device could not write into '{self._checkpoints}'; see its message")

@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+from pytorch_lightning.trainer.states import TrainerFn
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 _LONGEST_INTERVAL_SECONDS = 10.0
@@ -42,35 +42,38 @@ class HangWatch(pl.Callback):
     other, so training pays nothing for it. If nothing has gone on here for `timeout_minutes`, the first rank (or, if
     that one does not answer, each) says what the last one in the order of work does; as long again after that the
     process ends with code 1. Before, if it is shorter, `trainer.strategy.timeout_minutes` ends what waits in a
-    collective; NCCL then writes the last collectives of each device into `directory` as `collectives-rank<rank>`.
+    collective; see `ranks.keep_collectives_in_mind`.
     """
 
-    def __init__(self, directory: str, timeout_minutes: float) -> None:
+    def __init__(self, timeout_minutes: float) -> None:
         """Watch from the first batch on.
 
         Raises: ValueError unless `timeout_minutes` > 0.
         """
         if not timeout_minutes > 0:
             raise ValueError(f"callbacks.hang_watch.timeout_minutes must be > 0, got {timeout_minutes}")
-        self._directory = Path(directory)
         self._timeout = 60 * timeout_minutes
         self._interval = min(self._timeout / _INTERVALS, _LONGEST_INTERVAL_SECONDS)
         self._count = 0
         self._doing = "training begins"
         self._since = 0.0
         self._ended = threading.Event()
+        self._ended.set()  # not begun
         self._end_others: Callable[[Any], None] | None = None  # of processes that this one has started
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to watch."""
-        for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # of newer and of older versions
-            os.environ.setdefault(name, str(self._directory.absolute() / "collectives-rank"))
-        self._ended.clear()
-        self._begin("training begins")
+        self._start(trainer)
+
+    def _start(self, trainer: pl.Trainer) -> None:
+        self._ended = ended = threading.Event()
+        self._begin("begins")
         rank, world = trainer.global_rank, trainer.world_size
         launcher = trainer.strategy.launcher
         self._end_others = launcher.kill if isinstance(launcher, _SubprocessScriptLauncher) else None
-        threading.Thread(target=self._watch, args=(rank, world, _store(world)), name="hang-watch", daemon=True).start()
+        threading.Thread(
+            target=self._watch, args=(rank, world, _store(world), ended), name="hang-watch", daemon=True
+        ).start()
 
     def _begin(self, what: str) -> None:
         self._doing, self._since, self._count = what, time.monotonic(), self._count + 1
@@ -92,7 +95,9 @@ class HangWatch(pl.Callback):
         self._begin(f"saves the checkpoint of update {trainer.global_step:,}")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """It validates."""
+        """It validates, which may be all that is left to do."""
+        if self._ended.is_set():
+            self._start(trainer)
         self._begin(f"begins the validation after update {trainer.global_step:,}")
 
     def on_validation_batch_start(
@@ -105,7 +110,10 @@ class HangWatch(pl.Callback):
         """It goes on."""
         self._begin(f"goes on after the validation at update {trainer.global_step:,}")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._ended.set()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch no more."""
         self._ended.set()
 
@@ -113,10 +121,10 @@ class HangWatch(pl.Callback):
         """Watch no more."""
         self._ended.set()
 
-    def _watch(self, rank: int, world: int, store: TCPStore | None) -> None:
+    def _watch(self, rank: int, world: int, store: TCPStore | None, ended: threading.Event) -> None:
         beats, told = 0, False
         host = socket.gethostname()
-        while not self._ended.wait(self._interval):
+        while not ended.wait(self._interval):
             beats += 1
             mine = Place(rank=rank, host=host, beats=beats, count=self._count, doing=self._doing)
             still = time.monotonic() - self._since
@@ -170,8 +178,8 @@ def describe(places: list[Place], silent: list[Place]) -> str:
     if last.count == first.count:
         return f"all {len(places)} ranks are at the same place, rank 0 {places[0].doing}"
     behind = [place for place in places if place.count == last.count]
-    names = ", ".join(str(place.rank) for place in behind)
-    return f"rank {first.rank} {first.doing} and waits for rank {names} (on {behind[0].host}), which {behind[0].doing}"
+    names = " and ".join(f"rank {place.rank} (on {place.host}), which {place.doing}" for place in behind)
+    return f"rank {first.rank} {first.doing} and waits for {names}"
 
 
 def _places(world: int, store: TCPStore) -> list[Place]:

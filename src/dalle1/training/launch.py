@@ -31,12 +31,13 @@ from hydra.types import RunMode
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
+from pytorch_lightning.utilities import rank_zero_only
 
 from dalle1.cli import MULTIRUN_FLAGS, OptionError, errors_in_one_line
-from dalle1.run_status import STATUS, read_status
 from dalle1.training.run import SUMMARY, run
 
-JOB = "DALLE1_JOB"  # environment variable: the file with the configuration of the job that a process belongs to
+# Environment variables: the file with the configuration of the job that a process belongs to, and who has started it.
+JOB, PARENT = "DALLE1_JOB", "DALLE1_PARENT"
 
 
 def is_part_of_job() -> bool:
@@ -47,7 +48,8 @@ def is_part_of_job() -> bool:
 @errors_in_one_line()
 def run_part_of_job() -> None:
     """What such a process does: the same as all others of its job."""
-    _end_with_parent()
+    _end_with(int(os.environ[PARENT]))
+    os.environ[PARENT] = str(os.getpid())
     job = OmegaConf.load(os.environ[JOB])
     logging.config.dictConfig(json.loads(job.logging))
     run(job.cfg)
@@ -59,6 +61,8 @@ def start(cfg: DictConfig) -> dict[str, Any]:
     Raises: as `run`; ChildProcessError if the job of a sweep has failed.
     """
     hydra_config = HydraConfig.get()
+    if int(os.environ.get("NODE_RANK", "0")):  # what Lightning finds out too late, on a node that was started by hand
+        rank_zero_only.rank = 1  # type: ignore[attr-defined]
     with tempfile.NamedTemporaryFile("w", prefix="dalle1-job-", suffix=".yaml") as file:
         log = json.dumps(OmegaConf.to_container(hydra_config.job_logging, resolve=True))
         OmegaConf.save(OmegaConf.create({"cfg": _resolved(cfg), "logging": log}), file)
@@ -66,7 +70,7 @@ def start(cfg: DictConfig) -> dict[str, Any]:
         # The tasks of submitit's launcher are in a sweep too, but are all there already.
         if hydra_config.mode is RunMode.MULTIRUN and not is_launched_from_outside():
             return _run_in_new_process(Path(cfg.run_dir), list(hydra_config.overrides.task), file.name)
-        with _environment_variable(JOB, file.name):
+        with _environment(job_environment(file.name)):
             return run(cfg)
 
 
@@ -102,23 +106,34 @@ def refuse_sweep_of_launched_processes(arguments: list[str]) -> None:
 def _run_in_new_process(run_dir: Path, overrides: list[str], job_file: str) -> dict[str, Any]:
     """Do a job of a sweep. Raises: ChildProcessError if it fails; SystemExit with 0 if a signal has stopped it."""
     received: list[int] = []
-    # The overrides are for who looks at the list of processes.
-    command = [sys.executable, os.path.abspath(sys.argv[0]), *overrides]
-    with subprocess.Popen(command, env=os.environ | {JOB: job_file}) as process:
+    processes: list[subprocess.Popen[bytes]] = []
 
-        def pass_on(number: int, _: FrameType | None) -> None:
-            received.append(number)
+    def pass_on(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        for process in processes:
             process.send_signal(number)
 
-        with _handlers(pass_on):
-            code = process.wait()
+    # The overrides are for who looks at the list of processes.
+    command = [sys.executable, os.path.abspath(sys.argv[0]), *overrides]
+    with _handlers(pass_on), subprocess.Popen(command, env=os.environ | job_environment(job_file)) as process:
+        processes.append(process)
+        if received:  # while it was being started
+            process.send_signal(received[-1])
+        code = process.wait()
+    if received:  # a job that has not begun to train ends by the signal, and has nothing to save
+        raise SystemExit(0)
     if code:
         how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
         raise ChildProcessError(f"the job in '{os.path.relpath(run_dir)}' must end well, it has ended {how}; see above")
-    if received or ((run_dir / STATUS).exists() and read_status(run_dir / STATUS).state == "stopped"):
+    if not (run_dir / SUMMARY).exists():  # a signal to the job has stopped it
         raise SystemExit(0)
     summary: dict[str, Any] = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
     return summary
+
+
+def job_environment(job_file: str) -> dict[str, str]:
+    """What a process that this one starts must know."""
+    return {JOB: job_file, PARENT: str(os.getpid())}
 
 
 @contextmanager
@@ -136,17 +151,17 @@ def _handlers(handle: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _environment_variable(name: str, value: str) -> Iterator[None]:
-    os.environ[name] = value
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    os.environ.update(values)
     try:
         yield
     finally:
-        os.environ.pop(name, None)
+        for name in values:
+            os.environ.pop(name, None)
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """End when the process that has started this one does: its devices would wait for each other for long."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 from pytorch_lightning.loggers import Logger, WandbLogger
 
+from dalle1.atomic_files import atomic
 from dalle1.training.bad_updates import ReturnToCheckpointError
 from dalle1.training.disk_full import going_on_if_disk_is_full
 from dalle1.training.stop_signals import RunStoppedError
@@ -70,7 +71,8 @@ def begin_wandb_run(wandb_logger: WandbLogger, directory: Path, options: Mapping
     """Log the run's options, and keep its id in `directory` for when it is resumed."""
     wandb_logger.log_hyperparams(dict(options))
     assert wandb_logger.version is not None, "build_wandb_logger gave it an id"
-    (directory / _ID_FILE).write_text(wandb_logger.version, encoding="utf-8")
+    with atomic(directory / _ID_FILE) as temporary:
+        temporary.write_text(wandb_logger.version, encoding="utf-8")
 
 
 def log_picture(loggers: Iterable[Logger], name: str, picture: Image.Image, step: int) -> None:

@@ -242,6 +242,11 @@ class PowerSGDReducer(Reducer):
             state.cut.pieces_of(error).copy_(state.error)
         return errors
 
+    def forget_errors(self) -> None:
+        """Owe nothing: what an update that was thrown away has left here, or taken, must not come back."""
+        for state in self._compressed.values():
+            state.error.zero_()
+
     def queries(self) -> dict[str, Tensor]:
         """Qs that training has changed, by the names of the weights, (pieces, columns, rank)."""
         return {} if self._config.fixed_q else {name: state.q.cpu() for name, state in self._compressed.items()}

@@ -35,7 +35,10 @@ def save_state(
     errors: Mapping[str, Tensor],
     queries: Mapping[str, Any],
 ) -> None:
-    """Write the state of one of `world_size` devices; the file is whole or absent. Raises: OSError."""
+    """Write the state of one of `world_size` devices; the file is whole or absent.
+
+    Raises: OSError, or the RuntimeError that torch makes of a full disk.
+    """
     content = {"step": step, "rank": rank, "world_size": world_size, "errors": dict(errors), "queries": dict(queries)}
     with atomic(state_path(checkpoints, step, rank)) as temporary:
         torch.save(content, temporary)

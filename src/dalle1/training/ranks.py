@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
@@ -26,48 +28,59 @@ _LAST_WORK_SECONDS = 60.0  # that the other processes may take after the first o
 class RankLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher of one process per device, which says what has ended one, and ends all with it."""
 
-    def _call_children_scripts(self) -> None:
-        super()._call_children_scripts()
-        threading.Thread(target=self._watch, args=(self.procs,), name="rank-watch", daemon=True).start()
+    # Of this process, by whichever launcher: a second trainer in it finds them running.
+    _started: ClassVar[list[subprocess.Popen[bytes]]] = []
 
-    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's."""
+        super().__init__(*args, **kwargs)
+        self.procs = self._started
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         """Start the processes and call `function`. Raises: what it raises; ChildProcessError if one has ended it."""
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            self._started[:] = self.procs
+            # In place of Lightning's own observer, which kills this process without a word.
+            threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
-            return super().launch(function, *args, **kwargs)
+            return function(*args, **kwargs)
         except RuntimeError as error:  # what collectives raise where another process is missing
             time.sleep(_POLL_SECONDS)  # that one may be about to end
-            if dead := _failed(self.procs):
+            if dead := self._failed():
                 raise ChildProcessError(_describe(*dead)) from error
             raise
 
-    def _watch(self, processes: list[subprocess.Popen[bytes]]) -> None:
-        while not (dead := _failed(processes)):
-            if all(process.returncode == 0 for process in processes):
+    def _watch(self) -> None:
+        while not (dead := self._failed()):
+            if all(process.returncode == 0 for process in self._started):
                 return
             time.sleep(_POLL_SECONDS)
         # This process will fail by itself where the others are missing, or has begun to with the same error.
         time.sleep(_GRACE_SECONDS)
         print(f"error: {_describe(*dead)}", file=sys.stderr, flush=True)
-        for process in processes:
+        for process in self._started:
             process.kill()
         os._exit(1)
+
+    def _failed(self) -> tuple[int, int] | None:
+        """Rank and exit code of a process that has failed."""
+        first = self.cluster_environment.node_rank() * self.num_processes
+        for local_rank, process in enumerate(self._started, start=1):
+            if process.poll():
+                return first + local_rank, process.returncode
+        return None
 
     def finish(self) -> None:
         """Wait until all other processes have ended: the next job may want their devices."""
         until = time.monotonic() + _LAST_WORK_SECONDS
-        for process in self.procs:
+        for process in self._started:
             try:
                 process.wait(max(until - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def _failed(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
-    """Rank and exit code of a process that has failed."""
-    for rank, process in enumerate(processes, start=1):
-        if process.poll():
-            return rank, process.returncode
-    return None
 
 
 def _describe(rank: int, code: int) -> str:
@@ -82,10 +95,12 @@ def check_timeout(minutes: float) -> timedelta:
     return timedelta(minutes=minutes)
 
 
-def keep_collectives_in_mind() -> None:
-    """Let NCCL remember its last collectives, to tell them if one takes too long."""
+def keep_collectives_in_mind(directory: Path) -> None:
+    """Let NCCL remember its last collectives, and write them as `collectives-rank<rank>` if one takes too long."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # of newer and of older versions
+        os.environ.setdefault(name, str(directory.absolute() / "collectives-rank"))
 
 
 class DDP(DDPStrategy):
@@ -102,11 +117,6 @@ class DDP(DDPStrategy):
         Raises: ValueError for another `timeout_minutes`.
         """
         super().__init__(timeout=check_timeout(timeout_minutes), **kwargs)
-
-    def setup_environment(self) -> None:
-        """Find the other processes."""
-        keep_collectives_in_mind()
-        super().setup_environment()
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None, "Lightning has chosen one"

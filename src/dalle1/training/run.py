@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from dalle1.atomic_files import remove_partial, write_json
+from dalle1.atomic_files import atomic, remove_partial, write_json
 from dalle1.checkpoint import OPTIONS_KEY, RECORD_KEY, load_image_tokenizer
 from dalle1.data.config import DataConfig
 from dalle1.data.datamodule import PairDataModule
@@ -34,6 +34,7 @@ from dalle1.evaluation.pictures import save_curves
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
+from dalle1.run_status import STATUS
 from dalle1.tokenizers.caption_encoder import CaptionEncoder
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
@@ -90,9 +91,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             # As a new process would. What is left of the network before must make room first.
             gc.collect()
     except (ValueError, TypeError, OSError):
-        # Bad input, such as a picture that cannot be decoded: without a checkpoint, or shards of tokens, there is
-        # nothing to go on from.
-        if is_new and not (run_dir / CHECKPOINT).exists() and not any(run_dir.glob("*.tar")):
+        # Bad input: before training has begun, and without shards of tokens, there is nothing to go on from or to see.
+        if is_new and not (run_dir / STATUS).exists() and not any(run_dir.glob("*.tar")):
             rank_zero_only(shutil.rmtree)(run_dir, ignore_errors=True)
         raise
     except RunStoppedError as stop:
@@ -324,7 +324,8 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_partial(run_dir)  # over a month of kills they would fill the disk
         (run_dir / SUMMARY).unlink(missing_ok=True)  # of a run that is made longer: it says that a run is complete
-        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+        with atomic(run_dir / "config.yaml") as temporary:
+            OmegaConf.save(cfg, temporary, resolve=True)
         for each in trainer.loggers:
             if isinstance(each, WandbLogger):
                 begin_wandb_run(each, run_dir, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))

@@ -42,14 +42,14 @@ def write_sharded(path: Path, content: dict[str, Any]) -> None:
     dist.broadcast_object_list(token, src=0)
     temporary = path.with_name(f".{path.name}.{token[0]}.partial")
     try:
-        _together(lambda: _begin(path, temporary) if is_first else None)
+        together(lambda: _begin(path, temporary) if is_first else None)
         _save_tensors(temporary, tensors, {key: _file_of(place) for key, place in places.items()})
         mine = sorted(temporary.glob(f"shard-{dist.get_rank() + 1:05d}-*"))
-        sums = _together(lambda: {file.name: describe_file(file) for file in mine})
+        sums = together(lambda: {file.name: describe_file(file) for file in mine})
         if is_first:
-            _together(lambda: _finish(path, temporary, {**plain, PLACES: places}, sums))
+            together(lambda: _finish(path, temporary, {**plain, PLACES: places}, sums))
         else:
-            _together(lambda: None)
+            together(lambda: None)
     except BaseException:
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -134,7 +134,7 @@ def point_to(link: Path, target: Path) -> None:
         shutil.rmtree(before, ignore_errors=True)
 
 
-def _together(work: Callable[[], Any]) -> list[Any]:
+def together(work: Callable[[], Any]) -> list[Any]:
     """What `work` returns on each process; if it raises on one, this raises that error on all."""
     try:
         mine: Any = work()

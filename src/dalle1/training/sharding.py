@@ -26,8 +26,8 @@ from dalle1.models.transformer import Block, DalleTransformer
 from dalle1.sharded_files import is_sharded, read_sharded
 from dalle1.training.checkpoints import LAST, AtomicCheckpointIO
 from dalle1.training.disk_full import describe_full_disk, is_disk_full
-from dalle1.training.ranks import RankLauncher, check_timeout, keep_collectives_in_mind
-from dalle1.training.sharded_checkpoints import point_to, write_sharded
+from dalle1.training.ranks import RankLauncher, check_timeout
+from dalle1.training.sharded_checkpoints import point_to, together, write_sharded
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -54,7 +54,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Start the processes' group; Lightning itself would shard within a node only."""
         self._data_parallel_size = self.num_nodes * self.num_processes
-        keep_collectives_in_mind()
         super().setup_environment()
 
     def _configure_launcher(self) -> None:
@@ -84,14 +83,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
         teller.failure = None
         try:
             write_sharded(directory, checkpoint)
+            together(lambda: point_to(path, directory) if self.is_global_zero else None)
         except (OSError, RuntimeError) as error:
             if not is_disk_full(error):
                 raise
             teller.failure = describe_full_disk(directory, checkpoint)
             return
-        if self.is_global_zero:
-            point_to(path, directory)
-        self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, in parts or not, of any number of devices: of its tensors each device gets its part."""

@@ -47,9 +47,8 @@ class StatusFile(pl.Callback):
             self._write(trainer, pl_module, "validating")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training goes on."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._write(trainer, pl_module, "training")
+        """Training goes on, or the last validation is done, which may be all that a start had to do."""
+        self._write(trainer, pl_module, "training" if trainer.state.fn == TrainerFn.FITTING else "complete")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         """A checkpoint is being written."""
@@ -69,9 +68,10 @@ class StatusFile(pl.Callback):
     def _write(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: State, error: str | None = None
     ) -> None:
-        if not trainer.is_global_zero or not self._started:
+        if not trainer.is_global_zero:
             return
         now, step = time.time(), trainer.global_step
+        self._started = self._started or now
         self._written = now
         n_done = step - self._first_step
         pace = (now - self._started) / n_done if n_done else None

@@ -60,14 +60,12 @@ class StopSignals(pl.Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _listen_again(self) -> None:
-        """In place of Lightning, which would leave without saving, and begins to listen with each of its loops."""
-        for number in self._handlers:
-            signal.signal(number, self._note)
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keep Lightning from listening: it would leave without saving, or wait for the others inside a handler."""
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find a way to agree with the other devices."""
-        self._listen_again()
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find a way to agree with the other devices, be it on the last validation alone."""
         if trainer.world_size > 1:
             # Of CPUs: to ask a GPU would make it wait for every update.
             self._group = torch.distributed.new_group(backend="gloo")
@@ -107,7 +105,6 @@ class StopSignals(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do the same, before the first batch."""
-        self._listen_again()
         # Of a stream nobody knows how many: it is asked for here alone.
         n_batches = sum(trainer.num_val_batches)
         self._n_common_batches = self._of_all(0 if math.isinf(n_batches) else int(n_batches), ReduceOp.MIN)

@@ -18,6 +18,7 @@ from dalle1.training.checkpoints import AtomicCheckpointIO
 from dalle1.training.communication import Communication
 from dalle1.training.communication_callback import CommunicationCallback, check_communication
 from dalle1.training.optim import OptimConfig
+from dalle1.training.ranks import keep_collectives_in_mind
 from dalle1.training.sharding import FullyShardedStrategy
 from dalle1.training.stage_module import StageModule
 from dalle1.training.transformer_module import TransformerModule, TransformerOptimConfig
@@ -75,6 +76,7 @@ def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, extra: li
     if arguments.get("enable_progress_bar") is False:
         callbacks = [each for each in callbacks if not isinstance(each, RunProgress)]
     communication = instantiate(cfg.communication, _convert_="all")
+    keep_collectives_in_mind(run_dir)
     if type(communication) is not Communication:
         callbacks.append(CommunicationCallback(communication, run_dir / "checkpoints", seed=cfg.seed))
     try:
