@@ -170,7 +170,7 @@ def test_stop_ends_the_run_with_a_good_checkpoint(train: Train, tmp_path: Path) 
     stop = ("callbacks.bad_updates.action=stop", POISON, "+callbacks.poison.step=5")
     with pytest.raises(
         ValueError,
-        match=r"must have a finite loss and gradient, but update 6 is bad: its loss is nan .* checkpoint is good",
+        match=r"must have a finite loss and gradient, but update 6 is bad: its loss is nan .* no checkpoint has it",
     ):
         train(tmp_path, "dvae", *stop, QUICK)
     content = read_checkpoint(last(tmp_path, "dvae"))

@@ -47,8 +47,11 @@ class StatusFile(pl.Callback):
             self._write(trainer, pl_module, "validating")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training goes on, or the last validation is done, which may be all that a start had to do."""
-        self._write(trainer, pl_module, "training" if trainer.state.fn == TrainerFn.FITTING else "complete")
+        """Training goes on; or all is done, by a start that had no more than the last validation to do."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._write(trainer, pl_module, "training")
+        elif not self._started:
+            self._write(trainer, pl_module, "complete")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         """A checkpoint is being written."""
