@@ -121,3 +121,12 @@ def test_command_prints_the_table(
     monkeypatch.setattr(sys, "argv", ["status", str(tmp_path)])
     main()
     assert "1,500 of 6,000" in capsys.readouterr().out
+
+
+def test_table_cannot_come_faster_than_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["status", "--watch", "-1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--watch must be >= 1 second, got -1" in capsys.readouterr().err

@@ -94,11 +94,13 @@ def main() -> None:
     parser.add_argument("directories", nargs="*", default=["runs"], help="directories with runs (default: runs)")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="show the table anew so often, until Ctrl-C")
     options = parser.parse_args()
+    if options.watch is not None and not options.watch >= 1:
+        raise ValueError(f"--watch must be >= 1 second, got {options.watch:g}")
     while True:
         print(table_of(options.directories, now=time.time()), flush=True)
         if options.watch is None:
             return
-        time.sleep(max(1.0, options.watch))
+        time.sleep(options.watch)
         print()
 
 

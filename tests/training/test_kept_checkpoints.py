@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from stage_runs import Train, last
 
 from dalle1.checkpoint import DamagedCheckpointError, read_checkpoint, weights_sha256
+from dalle1.evaluation.pictures import read_curves
 from dalle1.training.checkpoints import LastCheckpoint
 
 
@@ -98,3 +102,24 @@ def test_nothing_but_damaged_ones_is_an_error(train: Train, results: Path) -> No
 def test_other_numbers_are_refused(tmp_path: Path, options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LastCheckpoint(str(tmp_path), **({"every_n_steps": 4} | options))  # type: ignore[arg-type]
+
+
+def test_what_an_update_has_logged_is_on_the_disk_before_its_checkpoint_is(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, on_disk = torch.save, {}
+
+    def look(content: Any, *rest: Any) -> None:
+        losses = read_curves(tmp_path / "dvae")["train/loss"]
+        on_disk[content["global_step"]] = [step for step, _ in losses]
+        save(content, *rest)
+
+    monkeypatch.setattr(torch, "save", look)
+    # With a validation after update 4 and none after the others.
+    train(tmp_path, "dvae", "callbacks.checkpoint.every_n_steps=2", "trainer.val_check_interval=4")
+    assert on_disk == {step: list(range(step)) for step in (2, 4, 6, 8)}
+    monkeypatch.undo()
+    (log,) = (tmp_path / "dvae").glob("logs/*/metrics.csv")
+    with log.open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == list(range(8)), "each of them once"

@@ -108,7 +108,10 @@ class LastCheckpoint(pl.Callback):
         """
         if trainer.global_step in (self.last_saved, self._failed_at):
             return
-        for each in trainer.loggers:  # what they hold back would be missing where the run goes on from here
+        # What is not on the disk by then would be missing where the run goes on from here.
+        if trainer.training:
+            _log_update(trainer)
+        for each in trainer.loggers:
             each.save()
         if failure := save_if_possible(trainer, self.path):
             self._failed_at = trainer.global_step
@@ -144,6 +147,19 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _log_update(trainer: pl.Trainer) -> None:
+    """Log this update now; Lightning would do so after its last callback, and then does not."""
+    connector = trainer._logger_connector
+    if "update_train_step_metrics" in vars(connector):  # it has been
+        return
+    connector.update_train_step_metrics()
+
+    def not_again() -> None:
+        del connector.update_train_step_metrics
+
+    connector.update_train_step_metrics = not_again  # type: ignore[method-assign]
 
 
 def link(path: Path, name: Path) -> None:

@@ -32,8 +32,9 @@ class CLIPModule(StageModule):
         self.log_means("train", values, len(image))
         return values["loss"]
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Limit the temperature."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update, and limit the temperature before anything averages or saves it."""
+        super().optimizer_step(*args, **kwargs)
         self.model.limit_scale()
 
     def on_validation_epoch_start(self) -> None:

@@ -78,7 +78,8 @@ def build_trainer(cfg: DictConfig, module: StageModule, run_dir: Path, extra: li
     communication = instantiate(cfg.communication, _convert_="all")
     keep_collectives_in_mind(run_dir)
     if type(communication) is not Communication:
-        callbacks.append(CommunicationCallback(communication, run_dir / "checkpoints", seed=cfg.seed))
+        # First: a checkpoint, which writes down what has been logged, comes after what it logs.
+        callbacks.insert(0, CommunicationCallback(communication, run_dir / "checkpoints", seed=cfg.seed))
     try:
         trainer = pl.Trainer(
             **arguments,
