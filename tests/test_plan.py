@@ -105,6 +105,10 @@ def test_one_gpu_shares_with_nobody() -> None:
             "trainer.devices=auto",
             "trainer.devices must be a whole number >= 1 for a plan, got auto; as in trainer.devi",
         ),
+        (
+            "communication=powersgd",
+            "communication=powersgd must have several devices, got one; as in trainer.devices=8",
+        ),
         ("trainer.num_nodes=0", "trainer.num_nodes must be a whole number >= 1 for a plan, got 0"),
         ("trainer.precision=16-mixed", "trainer.precision must be 32-true or bf16-mixed, got 16-mixed"),
         ("trainer.precision=64-true", "trainer.precision must be 32-true or bf16-mixed for a plan, got 64-true"),

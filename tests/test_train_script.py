@@ -151,6 +151,15 @@ def test_sweep_of_processes_that_somebody_else_has_started_is_refused(
     assert "a sweep must be one process, got several from torchrun or srun" in fails("-m", "stage=dvae", "seed=1,2")
 
 
+def test_processes_that_somebody_else_has_started_must_be_as_many_as_the_options_say(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    line = fails("stage=dvae", "trainer=ddp", "trainer.devices=2")
+    assert "trainer.devices * trainer.num_nodes must be the 3 processes that were started, got 2 * 1" in line
+
+
 def test_transformer_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     for arguments in (["stage=tokenizer"], TINY_DVAE):
         done = call(tmp_path, *arguments, *TINY)

@@ -74,12 +74,16 @@ def training_of(cfg: DictConfig) -> Training:
     check_precision(precision, optim)
     if precision not in ("32", "32-true", "bf16-mixed"):
         raise ValueError(f"trainer.precision must be 32-true or bf16-mixed for a plan, got {precision}")
+    devices = _count(cfg, "devices") * _count(cfg, "num_nodes")
+    if devices == 1 and type(communication) is not Communication:
+        name = type(communication).__name__.lower()
+        raise ValueError(f"communication={name} must have several devices, got one; as in trainer.devices=8")
     with torch.device("meta"):
         network = DalleTransformer(model)
     return Training(
         model=model,
         weights=count_weights(network),
-        devices=_count(cfg, "devices") * _count(cfg, "num_nodes"),
+        devices=devices,
         batch_size=optim.batch_size,
         passes=_count(cfg, "accumulate_grad_batches"),
         backend=resolve_backend(

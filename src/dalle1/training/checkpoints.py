@@ -230,6 +230,10 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
             rank_zero_only(logger.warning)(f"'{damaged[0]}' is damaged; going on from '{path}'")
         return path, content
     if first_error is not None:
+        if len(damaged) > 1:
+            raise DamagedCheckpointError(
+                f"all {len(damaged)} checkpoints in '{directory}' are damaged, of the newest: {first_error}"
+            )
         raise first_error
     return None
 

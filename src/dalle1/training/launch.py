@@ -61,6 +61,7 @@ def start(cfg: DictConfig) -> dict[str, Any]:
     Raises: as `run`; ChildProcessError if the job of a sweep has failed.
     """
     hydra_config = HydraConfig.get()
+    _check_number_of_processes(cfg)
     if int(os.environ.get("NODE_RANK", "0")):  # what Lightning finds out too late, on a node that was started by hand
         rank_zero_only.rank = 1  # type: ignore[attr-defined]
     with tempfile.NamedTemporaryFile("w", prefix="dalle1-job-", suffix=".yaml") as file:
@@ -92,6 +93,19 @@ def is_launched_from_outside() -> bool:
     if SLURMEnvironment.detect():
         return int(os.environ["SLURM_NTASKS"]) > 1
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ
+
+
+def _check_number_of_processes(cfg: DictConfig) -> None:
+    """Raise OptionError unless torchrun or srun has started as many processes as the options say."""
+    devices, nodes = cfg.trainer.get("devices"), cfg.trainer.get("num_nodes", 1)
+    if not is_launched_from_outside() or type(devices) is not int or devices < 1:
+        return
+    count = int(os.environ["SLURM_NTASKS"] if SLURMEnvironment.detect() else os.environ["WORLD_SIZE"])
+    if devices * nodes != count:
+        raise OptionError(
+            f"trainer.devices * trainer.num_nodes must be the {count} processes that were started, got "
+            f"{devices} * {nodes}; change these, or what torchrun or srun is told"
+        )
 
 
 def refuse_sweep_of_launched_processes(arguments: list[str]) -> None:

@@ -137,7 +137,7 @@ class Agreement(pl.Callback):
 
     def __init__(self, cfg: DictConfig, start: str) -> None:
         """Compare `cfg`, and `start`, the checkpoint that this process would go on from, in words."""
-        self._facts = {**_flat(OmegaConf.to_container(cfg, resolve=True)), "the checkpoint to go on from": start}
+        self._facts = {**_flat(OmegaConf.to_container(cfg, resolve=True)), "checkpoint to go on from": start}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Compare. Raises: ValueError, on all devices, if one differs from the first one."""

@@ -50,6 +50,7 @@ from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
 from dalle1.training.ranks import Agreement, finish_ranks
+from dalle1.training.run_lock import locked
 from dalle1.training.sharding import FullyShardedStrategy
 from dalle1.training.stage_module import StageModule
 from dalle1.training.stop_signals import RunStoppedError, StopSignals
@@ -137,7 +138,8 @@ def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             return {}
     else:
         module = _MODULES[stage](cfg)
-        metrics = _train_network(cfg, data, module, run_dir)
+        with locked(run_dir):
+            metrics = _train_network(cfg, data, module, run_dir)
         earlier_seconds = module.earlier_seconds
     if metrics is None:
         rank_zero_only(logger.info)(
@@ -311,13 +313,14 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
                 f"optim.max_steps must be at least {step}, where '{os.path.relpath(run_dir)}' was interrupted, got "
                 f"{module.optim.max_steps}; leave it as it was, or choose another name="
             )
-        rank_zero_only(logger.info)("continuing '%s' from step %d", os.path.relpath(run_dir), step)
     # All input is checked before the first file is written.
     data.prepare_data()
     data.setup("fit")
     stopper = StopSignals()
     found_there = "none" if start is None else f"{start.name} of update {step}"
     trainer = build_trainer(cfg, module, run_dir, [Agreement(cfg, found_there), stopper])
+    if start is not None:
+        rank_zero_only(logger.info)("continuing '%s' from step %d", os.path.relpath(run_dir), step)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if trainer.is_global_zero:

@@ -28,6 +28,7 @@ class StatusFile(pl.Callback):
         self._started = self._written = 0.0
         self._first_step = 0
         self._checkpoint: tuple[int, float] | None = None
+        self._known: dict[str, float | None] = {}  # metrics of training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Training begins or goes on."""
@@ -47,11 +48,8 @@ class StatusFile(pl.Callback):
             self._write(trainer, pl_module, "validating")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training goes on; or all is done, by a start that had no more than the last validation to do."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._write(trainer, pl_module, "training")
-        elif not self._started:
-            self._write(trainer, pl_module, "complete")
+        """Training goes on; or all is done, and the last validation may have been the best."""
+        self._write(trainer, pl_module, "training" if trainer.state.fn == TrainerFn.FITTING else "complete")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         """A checkpoint is being written."""
@@ -79,16 +77,17 @@ class StatusFile(pl.Callback):
         n_done = step - self._first_step
         pace = (now - self._started) / n_done if n_done else None
         best = next((each for each in trainer.callbacks if isinstance(each, BestCheckpoint)), None)  # type: ignore[attr-defined]
-        known = {name: _number(value) for name, value in trainer.callback_metrics.items()}
+        if trainer.state.fn == TrainerFn.FITTING:  # of the last validation Lightning knows nothing else
+            self._known = {name: _number(value) for name, value in trainer.callback_metrics.items()}
         status = RunStatus(
             stage=type(pl_module).__name__.removesuffix("Module").lower(),
             state=state,
             step=step,
             max_steps=trainer.max_steps,
-            loss=known.get("train/loss"),
-            samples_per_second=known.get("perf/samples_per_second"),
-            data_wait=known.get("perf/data_wait"),
-            mfu=known.get("perf/mfu"),
+            loss=self._known.get("train/loss"),
+            samples_per_second=self._known.get("perf/samples_per_second"),
+            data_wait=self._known.get("perf/data_wait"),
+            mfu=self._known.get("perf/mfu"),
             seconds_left=None if pace is None else round(pace * (trainer.max_steps - step), 1),
             checkpoint_step=None if self._checkpoint is None else self._checkpoint[0],
             checkpoint_time=None if self._checkpoint is None else self._checkpoint[1],
