@@ -28,12 +28,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from pytorch_lightning.utilities import rank_zero_only
 
 from dalle1.cli import MULTIRUN_FLAGS, OptionError, errors_in_one_line
+from dalle1.training.ranks import n_started
 from dalle1.training.run import SUMMARY, run
 
 # Environment variables: the file with the configuration of the job that a process belongs to, and who has started it.
@@ -61,7 +61,6 @@ def start(cfg: DictConfig) -> dict[str, Any]:
     Raises: as `run`; ChildProcessError if the job of a sweep has failed.
     """
     hydra_config = HydraConfig.get()
-    _check_number_of_processes(cfg)
     if int(os.environ.get("NODE_RANK", "0")):  # what Lightning finds out too late, on a node that was started by hand
         rank_zero_only.rank = 1  # type: ignore[attr-defined]
     with tempfile.NamedTemporaryFile("w", prefix="dalle1-job-", suffix=".yaml") as file:
@@ -69,7 +68,7 @@ def start(cfg: DictConfig) -> dict[str, Any]:
         OmegaConf.save(OmegaConf.create({"cfg": _resolved(cfg), "logging": log}), file)
         file.flush()
         # The tasks of submitit's launcher are in a sweep too, but are all there already.
-        if hydra_config.mode is RunMode.MULTIRUN and not is_launched_from_outside():
+        if hydra_config.mode is RunMode.MULTIRUN and not n_started() > 1:
             return _run_in_new_process(Path(cfg.run_dir), list(hydra_config.overrides.task), file.name)
         with _environment(job_environment(file.name)):
             return run(cfg)
@@ -88,29 +87,9 @@ def _resolved(node: DictConfig | ListConfig) -> dict[Any, Any] | list[Any]:
     return values if isinstance(node, DictConfig) else list(values.values())
 
 
-def is_launched_from_outside() -> bool:
-    """Whether torchrun or srun has started this process as one of several."""
-    if SLURMEnvironment.detect():
-        return int(os.environ["SLURM_NTASKS"]) > 1
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ
-
-
-def _check_number_of_processes(cfg: DictConfig) -> None:
-    """Raise OptionError unless torchrun or srun has started as many processes as the options say."""
-    devices, nodes = cfg.trainer.get("devices"), cfg.trainer.get("num_nodes", 1)
-    if not is_launched_from_outside() or type(devices) is not int or devices < 1:
-        return
-    count = int(os.environ["SLURM_NTASKS"] if SLURMEnvironment.detect() else os.environ["WORLD_SIZE"])
-    if devices * nodes != count:
-        raise OptionError(
-            f"trainer.devices * trainer.num_nodes must be the {count} processes that were started, got "
-            f"{devices} * {nodes}; change these, or what torchrun or srun is told"
-        )
-
-
 def refuse_sweep_of_launched_processes(arguments: list[str]) -> None:
     """Raise OptionError for a sweep that each of several processes would make."""
-    if is_launched_from_outside() and any(flag in arguments for flag in MULTIRUN_FLAGS):
+    if n_started() > 1 and any(flag in arguments for flag in MULTIRUN_FLAGS):
         raise OptionError(
             "a sweep must be one process, got several from torchrun or srun; leave these out, as "
             "'python train.py -m trainer=ddp trainer.devices=8 ...' starts the processes of each job itself"

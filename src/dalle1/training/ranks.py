@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import DDPStrategy
@@ -81,6 +82,23 @@ class RankLauncher(_SubprocessScriptLauncher):
                 process.wait(max(until - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def n_started() -> int:
+    """How many processes torchrun or srun has started of which this is one; 1 if none of them has."""
+    if SLURMEnvironment.detect():
+        return int(os.environ["SLURM_NTASKS"])
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
+def check_number(devices: object, nodes: int) -> None:
+    """Raise ValueError unless torchrun or srun has started as many processes as the options say."""
+    count = n_started()
+    if count > 1 and type(devices) is int and devices >= 1 and devices * nodes != count:
+        raise ValueError(
+            f"trainer.devices * trainer.num_nodes must be the {count} processes that were started, got "
+            f"{devices} * {nodes}; change these, or what torchrun or srun is told"
+        )
 
 
 def _describe(rank: int, code: int) -> str:

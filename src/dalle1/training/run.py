@@ -49,7 +49,7 @@ from dalle1.training.disk_full import save_or_fail
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
 from dalle1.training.logging import begin_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
-from dalle1.training.ranks import Agreement, finish_ranks
+from dalle1.training.ranks import Agreement, check_number, finish_ranks
 from dalle1.training.run_lock import locked
 from dalle1.training.sharding import FullyShardedStrategy
 from dalle1.training.stage_module import StageModule
@@ -285,6 +285,7 @@ def _load_dvae(path: Path, stage: str) -> ImageTokenizer:
 
 def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, run_dir: Path) -> dict[str, Any] | None:
     """Train to the last step and return the validation metrics; None if an earlier run did."""
+    check_number(cfg.trainer.get("devices"), cfg.trainer.get("num_nodes", 1))
     if module.text_tokenizer is not None:
         if type(cfg.truncate_captions) is not bool:
             raise ValueError(f"truncate_captions must be true or false, got {cfg.truncate_captions!r}")
