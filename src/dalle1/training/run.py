@@ -34,12 +34,13 @@ from dalle1.evaluation.pictures import save_curves
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
-from dalle1.run_status import STATUS
+from dalle1.run_status import STATUS, read_status
 from dalle1.tokenizers.caption_encoder import CaptionEncoder
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from dalle1.tokenizers.text_file import load_text_tokenizer
 from dalle1.training.allocator import keep_freed_memory
+from dalle1.training.bad_updates import LOG as BAD_UPDATES
 from dalle1.training.bad_updates import BadUpdates, ReturnToCheckpointError
 from dalle1.training.best_checkpoint import BestCheckpoint
 from dalle1.training.checkpoints import LAST, LastCheckpoint, newest_whole
@@ -92,8 +93,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             # As a new process would. What is left of the network before must make room first.
             gc.collect()
     except (ValueError, TypeError, OSError):
-        # Bad input: before training has begun, and without shards of tokens, there is nothing to go on from or to see.
-        if is_new and not (run_dir / STATUS).exists() and not any(run_dir.glob("*.tar")):
+        # Bad input, such as a picture that cannot be decoded: there is nothing to go on from, and nothing to see.
+        if is_new and not _has_begun(run_dir):
             rank_zero_only(shutil.rmtree)(run_dir, ignore_errors=True)
         raise
     except RunStoppedError as stop:
@@ -101,6 +102,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise SystemExit(0) from None
     finally:
         _remove_if_empty(run_dir)
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Whether there are shards of tokens, a bad update, or an update that was made."""
+    if any(run_dir.glob("*.tar")) or (run_dir / BAD_UPDATES).exists():
+        return True
+    return (run_dir / STATUS).exists() and read_status(run_dir / STATUS).step > 0
 
 
 def _check_resume(resume: object, run_dir: Path, *, is_new: bool) -> None:
@@ -291,56 +299,28 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
             raise ValueError(f"truncate_captions must be true or false, got {cfg.truncate_captions!r}")
         dropout = module.optim.bpe_dropout if isinstance(module, TransformerModule) else 0.0
         data.encode_text = CaptionEncoder(module.text_tokenizer, truncate=cfg.truncate_captions, bpe_dropout=dropout)
-    optim = asdict(module.optim)
-    module.options = {"optim": {name: value for name, value in optim.items() if name not in _MAY_CHANGE}}
-    module.options["data"] = {name: getattr(data.config, name) for name in _SAME_DATA}
-    module.options["data"] |= {"train": data.config.source_names, "filters": data.config.filters.to_dict()}
-    if data.tokens is not None and isinstance(module, TransformerModule):
-        data.check_dvae(module.image_tokenizer.sha256)
-        # What was decided when the tokens were made, whatever the options say now.
-        decided = asdict(data.tokens)
-        names = [name for name in module.options["data"] if name in decided and name not in ("seed", "caption")]
-        module.options["data"] |= {name: decided[name] for name in (*names, "crops", "samples_sha256")}
-    elif isinstance(module, TransformerModule) and module.optim.cache_image_tokens:
-        _check_tokens_can_be_cached(data.config)
-    checkpoint, start, step = run_dir / CHECKPOINT, None, 0
-    if found := newest_whole(checkpoint.parent):
-        start, step = found[0], _check_same_run(*found, module)
-        del found  # its content is as large as the model and its optimizer
-        if step >= module.optim.max_steps and (run_dir / SUMMARY).exists():
-            return None
-        if step > module.optim.max_steps:
-            raise ValueError(
-                f"optim.max_steps must be at least {step}, where '{os.path.relpath(run_dir)}' was interrupted, got "
-                f"{module.optim.max_steps}; leave it as it was, or choose another name="
-            )
+    module.options = _options_of(module, data)
+    start, step = _find_start(run_dir, module)
+    if step >= module.optim.max_steps and (run_dir / SUMMARY).exists():
+        return None
     # All input is checked before the first file is written.
     data.prepare_data()
     data.setup("fit")
     stopper = StopSignals()
-    found_there = "none" if start is None else f"{start.name} of update {step}"
-    trainer = build_trainer(cfg, module, run_dir, [Agreement(cfg, found_there), stopper])
+    found = "none" if start is None else f"{start.name} of update {step}"
+    trainer = build_trainer(cfg, module, run_dir, [Agreement(cfg, found), stopper])
     if start is not None:
         rank_zero_only(logger.info)("continuing '%s' from step %d", os.path.relpath(run_dir), step)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if trainer.is_global_zero:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        remove_partial(run_dir)  # over a month of kills they would fill the disk
-        (run_dir / SUMMARY).unlink(missing_ok=True)  # of a run that is made longer: it says that a run is complete
-        with atomic(run_dir / "config.yaml") as temporary:
-            OmegaConf.save(cfg, temporary, resolve=True)
-        for each in trainer.loggers:
-            if isinstance(each, WandbLogger):
-                begin_wandb_run(each, run_dir, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
-            elif isinstance(each, TensorBoard):
-                each.begin(step)
+        _begin(cfg, trainer, run_dir, step)
     with ctrl_c_stays_itself(), stopper, suppress(RunStoppedError):
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         savers = [each for each in trainer.callbacks if isinstance(each, LastCheckpoint)]  # type: ignore[attr-defined]
         if all(each.last_saved != trainer.global_step for each in savers):
             # Training was made to end early, nothing was left to train, or the disk was full.
-            save_or_fail(trainer, checkpoint)
+            save_or_fail(trainer, run_dir / CHECKPOINT)
         if stopper.received is None:
             # What Lightning logs a validation under; of a run that goes on after its last update it is one less.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
@@ -362,6 +342,56 @@ def _train_network(cfg: DictConfig, data: PairDataModule, module: StageModule, r
         summary |= each.summary if isinstance(each, BestCheckpoint | BadUpdates) else {}
     finish_ranks(trainer)
     return summary | ({"alarm": module.alarm} if module.alarm else {})
+
+
+def _options_of(module: StageModule, data: PairDataModule) -> dict[str, Any]:
+    """What a run that goes on as this one must have in common with it.
+
+    Raises: ValueError if the data do not fit the network, or what it does with them.
+    """
+    optim = asdict(module.optim)
+    of_data: dict[str, Any] = {name: getattr(data.config, name) for name in _SAME_DATA}
+    of_data |= {"train": data.config.source_names, "filters": data.config.filters.to_dict()}
+    if data.tokens is not None and isinstance(module, TransformerModule):
+        data.check_dvae(module.image_tokenizer.sha256)
+        # What was decided when the tokens were made, whatever the options say now.
+        decided = asdict(data.tokens)
+        names = [name for name in of_data if name in decided and name not in ("seed", "caption")]
+        of_data |= {name: decided[name] for name in (*names, "crops", "samples_sha256")}
+    elif isinstance(module, TransformerModule) and module.optim.cache_image_tokens:
+        _check_tokens_can_be_cached(data.config)
+    return {"optim": {name: value for name, value in optim.items() if name not in _MAY_CHANGE}, "data": of_data}
+
+
+def _find_start(run_dir: Path, module: StageModule) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its update; none and 0 if there is none.
+
+    Raises: as `newest_whole`; ValueError if it is of another run, or beyond the last update of this one.
+    """
+    found = newest_whole((run_dir / CHECKPOINT).parent)
+    if found is None:
+        return None, 0
+    step = _check_same_run(*found, module)
+    if step > module.optim.max_steps:
+        raise ValueError(
+            f"optim.max_steps must be at least {step}, where '{os.path.relpath(run_dir)}' was interrupted, got "
+            f"{module.optim.max_steps}; leave it as it was, or choose another name="
+        )
+    return found[0], step
+
+
+def _begin(cfg: DictConfig, trainer: pl.Trainer, run_dir: Path, step: int) -> None:
+    """Make the run's directory ready, from the first device; training goes on after update `step`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    remove_partial(run_dir)  # over a month of kills they would fill the disk
+    (run_dir / SUMMARY).unlink(missing_ok=True)  # of a run that is made longer: it says that a run is complete
+    with atomic(run_dir / "config.yaml") as temporary:
+        OmegaConf.save(cfg, temporary, resolve=True)
+    for each in trainer.loggers:
+        if isinstance(each, WandbLogger):
+            begin_wandb_run(each, run_dir, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)))
+        elif isinstance(each, TensorBoard):
+            each.begin(step)
 
 
 def _check_tokens_can_be_cached(config: DataConfig) -> None:
