@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,7 +55,7 @@ class HangWatch(pl.Callback):
         self._interval = min(self._timeout / _INTERVALS, _LONGEST_INTERVAL_SECONDS)
         self._count = 0
         self._doing = "training begins"
-        self._since = 0.0
+        self._hooks = 0  # that training has come to
         self._ended = threading.Event()
         self._ended.set()  # not begun
         self._end_others: Callable[[Any], None] | None = None  # of processes that this one has started
@@ -76,7 +75,7 @@ class HangWatch(pl.Callback):
         ).start()
 
     def _begin(self, what: str) -> None:
-        self._doing, self._since, self._count = what, time.monotonic(), self._count + 1
+        self._doing, self._count, self._hooks = what, self._count + 1, self._hooks + 1
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -104,7 +103,7 @@ class HangWatch(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """It validates a batch. Not counted: ranks may have one more than others."""
-        self._doing, self._since = f"validates after update {trainer.global_step:,}", time.monotonic()
+        self._doing, self._hooks = f"validates after update {trainer.global_step:,}", self._hooks + 1
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """It goes on."""
@@ -122,19 +121,22 @@ class HangWatch(pl.Callback):
         self._ended.set()
 
     def _watch(self, rank: int, world: int, store: TCPStore | None, ended: threading.Event) -> None:
-        beats, told = 0, False
+        beats = idle = seen = 0
+        told = False
         host = socket.gethostname()
         while not ended.wait(self._interval):
             beats += 1
             mine = Place(rank=rank, host=host, beats=beats, count=self._count, doing=self._doing)
-            still = time.monotonic() - self._since
+            # By these beats, not by a clock: a process that was stopped for a while must not end when it goes on.
+            idle, seen = (idle + 1 if seen == self._hooks else 0), self._hooks
+            still = idle * self._interval
             try:
                 if store is not None:
                     store.set(f"{_KEY}/{rank}", json.dumps(asdict(mine)))
                 if still < self._timeout or told:
                     places = None
                 else:
-                    places = self._look(world, store) if store is not None else ([mine], [])
+                    places = self._look(world, store, ended) if store is not None else ([mine], [])
             except (DistError, RuntimeError, OSError):
                 # The store is in the first process; if that has gone, the run is over.
                 self._end("nothing goes on: rank 0 does not answer; this process ends")
@@ -152,10 +154,10 @@ class HangWatch(pl.Callback):
             self._end_others(signal.SIGKILL)  # one that is stopped hears nothing else
         os._exit(1)
 
-    def _look(self, world: int, store: TCPStore) -> tuple[list[Place], list[Place]]:
+    def _look(self, world: int, store: TCPStore, ended: threading.Event) -> tuple[list[Place], list[Place]]:
         """Where all ranks are, and those of them that say nothing."""
         first = _places(world, store)
-        if self._ended.wait(3 * self._interval):
+        if ended.wait(3 * self._interval):
             return first, []
         # This thread was busy here, and the first rank must not seem silent to itself.
         second = _places(world, store)
