@@ -45,7 +45,7 @@ class HangWatch(pl.Callback):
     """
 
     def __init__(self, timeout_minutes: float) -> None:
-        """Watch from the first batch on.
+        """Watch from where the network is on its device.
 
         Raises: ValueError unless `timeout_minutes` > 0.
         """
@@ -108,7 +108,6 @@ class HangWatch(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """It goes on."""
         self._begin(f"goes on after the validation at update {trainer.global_step:,}")
-
         if trainer.state.fn != TrainerFn.FITTING:
             self._ended.set()
 
