@@ -36,7 +36,8 @@ def torchrun(cwd: Path, *arguments: str, n: int = 2) -> subprocess.CompletedProc
 def srun(cwd: Path, *of_tasks: Sequence[str], n_nodes: int = 1) -> subprocess.CompletedProcess[str]:
     """`srun --kill-on-bad-exit=1 python train.py ...`: tasks in SLURM's environment, some as if elsewhere.
 
-    Returns the first exit code that is not 0, and what all have written.
+    Returns the exit code of the first one that has failed (srun ends the others, which may show as a signal), 0 if
+    none has, and what all have written.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -69,17 +70,19 @@ def srun(cwd: Path, *of_tasks: Sequence[str], n_nodes: int = 1) -> subprocess.Co
         )
         for rank, arguments in enumerate(of_tasks)
     ]
+    failures: list[int] = []
     with ThreadPoolExecutor(len(tasks)) as pool:
 
         def end(task: subprocess.Popen[str]) -> tuple[str, str]:
             output = task.communicate()
             if task.returncode:
+                failures.append(task.returncode)
                 for each in tasks:
                     each.terminate()
             return output
 
         outputs = list(pool.map(end, tasks))
-    code = next((task.returncode for task in tasks if task.returncode), 0)
+    code = next(iter(failures), 0)
     return subprocess.CompletedProcess(
         "srun", code, "".join(out for out, _ in outputs), "".join(error for _, error in outputs)
     )
