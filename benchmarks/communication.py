@@ -13,13 +13,11 @@ import csv
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import hydra
 import torch
-from measure import ROOT, Rows, configuration, machine, print_tables, write_report
+from measure import Rows, configuration, machine, print_tables, train, write_report
 from tqdm import tqdm
 
 from dalle1.cli import errors_in_one_line
@@ -38,13 +36,6 @@ WAYS = {
     "powersgd, rank 32 in 8 parts, fp32, Q of the last update": [*_PARTS, "communication.fixed_q=false"],
     "powersgd, rank 64 in 8 parts": ["communication=powersgd", "communication.rank=64", "communication.shards=8"],
 }
-
-
-def train(*options: str) -> None:
-    """Run `train.py`; what it says is shown if it fails."""
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *options], capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"train.py must do {' '.join(options)}, it said: {done.stderr.strip().splitlines()[-1]}")
 
 
 def measure(way: str, run_dir: Path, *, results: Path, tokens: Path, updates: int, seed: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +45,13 @@ def machine() -> str:
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(": ")[2] if names else cpu
     return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def train(*options: str) -> None:
+    """Run `train.py`; what it says is shown if it fails."""
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *options], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"train.py must do {' '.join(options)}, it said: {done.stderr.strip().splitlines()[-1]}")
 
 
 def peak_gigabytes() -> float:
@@ -145,7 +153,7 @@ def time_in_turns(
     return {name: (min(values), peaks[name]) for name, values in seconds.items()}
 
 
-def write_report(path: Path, rows: Rows, ratios: Mapping[str, float | None], **more: Rows) -> None:
+def write_report(path: Path, rows: Rows, ratios: Mapping[str, float | None], **more: Any) -> None:
     """Write command, machine, date, rows and ratios as JSON, and what else there is."""
     report = {
         "command": " ".join(["python", *sys.argv]),

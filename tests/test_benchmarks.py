@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -53,6 +54,7 @@ def test_the_transformer_that_is_compared_is_as_large_as_its_peer() -> None:
         ("transformer_loss.py", ["--updates", "3"], "error: --updates must be >= 200, got 3"),
         ("communication.py", ["--updates", "3"], "error: --updates must be >= 200, got 3"),
         ("communication.py", ["--seeds", "1"], "error: --seeds must be >= 2, got 1"),
+        ("scaling_law.py", ["--updates", "3"], "error: --updates must be >= 10, got 3"),
         ("sampling.py", ["--repeats", "0"], "error: --repeats must be >= 1, got 0"),
         ("gpu.py", ["--batch", "0"], "error: --batch must be >= 1, got 0"),
         ("gpu.py", ["--steps", "0"], "error: --steps must be >= 1, got 0"),
@@ -94,3 +96,32 @@ def test_missing_pictures_are_found_first() -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("error: no shards match 'nowhere/*.tar'")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_scaling_law_is_found_in_points_that_lie_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    law = importlib.import_module("scaling_law")
+    compute = np.geomspace(1e11, 1e14, 6)
+    found = law.fit_power_law(compute, 0.06 + (compute / 3e10) ** -0.4)
+    assert found["L0"] == pytest.approx(0.06, rel=1e-3)
+    assert found["a"] == pytest.approx(0.4, rel=1e-3)
+    assert found["C1"] == pytest.approx(3e10, rel=1e-2)
+    assert all(error < 1e-3 for error in found["standard_errors"].values())
+    with pytest.raises(ValueError, match="at least 3 points, got 2"):
+        law.fit_power_law(compute[:2], compute[:2])
+
+
+def test_sizes_of_the_scaling_law_are_transformers_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    law = importlib.import_module("scaling_law")
+    weights = []
+    for size in law.SIZES:
+        cfg = law.configuration(*law.options_of(*size, updates=100))
+        assert cfg.optim.lr * cfg.model.d_model == pytest.approx(4e-3 * 128, rel=1e-3)
+        with torch.device("meta"):
+            weights.append(count_weights(DalleTransformer(instantiate(cfg.model))).total)
+    assert weights == sorted(weights)
+    demo = law.configuration("stage=transformer", "experiment=shapes")
+    of_demo = law.configuration(*law.options_of(4, 128, updates=demo.optim.max_steps))
+    assert of_demo.model == demo.model
+    assert of_demo.optim == demo.optim
