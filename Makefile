@@ -85,6 +85,7 @@ bench-memory: $(STAMP)  ## memory of each device with DDP and with FSDP beside w
 
 .PHONY: docs docs-serve
 docs: $(STAMP)  ## the documentation as a site in site/; a warning or a link that leads nowhere is an error
+	$(BIN)/python tools/configuration_reference.py
 	$(BIN)/mkdocs build
 
 docs-serve: $(STAMP)  ## the same at http://127.0.0.1:8000, again after every change
