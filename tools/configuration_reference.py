@@ -11,13 +11,6 @@ from pathlib import Path
 from configuration_source import CONF, ROOT, ConfigFile, Option, read_config, source_file
 
 PAGE = ROOT / "docs" / "configuration.md"
-# What each primary file of conf/ configures.
-COMMANDS = {
-    "train": "python train.py",
-    "sample": "python sample.py",
-    "inspect": "python -m dalle1.data.inspect",
-    "plan": "python -m dalle1.plan",
-}
 # Where a group, or its part for a stage, is explained.
 EXPLAINED = {
     "model of stage=tokenizer": "text.md",
@@ -84,9 +77,18 @@ def without_meaning() -> list[str]:
 
 
 def _primary_names() -> list[str]:
-    """The commands that are known, then other files at the top of conf/."""
-    there = sorted(path.stem for path in CONF.glob("*.yaml"))
-    return [*COMMANDS, *(name for name in there if name not in COMMANDS)]
+    """Files at the top of conf/, one for each command, those that one begins with first."""
+    first = ["train", "sample"]
+    return [*first, *sorted({path.stem for path in CONF.glob("*.yaml")} - set(first))]
+
+
+def _command(name: str) -> str:
+    """The command that a file configures, as its first comment writes it."""
+    text = (CONF / f"{name}.yaml").read_text("utf-8")
+    command = re.search(r"^#.*?\b(python (?:-m )?[\w.]+)", text, flags=re.MULTILINE)
+    if command is None:
+        raise ValueError(f"conf/{name}.yaml must begin with a comment that has its command, got none; write it there")
+    return command[1]
 
 
 def _groups_of(config: ConfigFile) -> list[str]:
@@ -94,7 +96,7 @@ def _groups_of(config: ConfigFile) -> list[str]:
 
 
 def _section_of_command(name: str, config: ConfigFile) -> str:
-    lines = [f"## {COMMANDS.get(name, name)}", "", f"`conf/{name}.yaml`", ""]
+    lines = [f"## {_command(name)}", "", f"`conf/{name}.yaml`", ""]
     groups = {group: config.groups[group] for group in _groups_of(config)}
     if groups:
         rows = [
