@@ -101,7 +101,7 @@ def _section_of_command(name: str, config: ConfigFile) -> str:
     if groups:
         rows = [
             (
-                f"[`{group}`](#{group})",
+                f"[`{group}`](#{group.replace('/', '')})",
                 _default(choice),
                 _code(_choices(group)),
                 _text(_remark(comment, group)),
