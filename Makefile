@@ -86,6 +86,14 @@ bench-gpu: $(STAMP)  ## sampling and training steps of the transformer on one CU
 bench-memory: $(STAMP)  ## memory of each device with DDP and with FSDP beside what plan says, 6 minutes, 9 GB
 	$(BIN)/python benchmarks/memory.py $(BENCH)
 
+.PHONY: docs docs-serve
+docs: $(STAMP)  ## the documentation as a site in site/; a warning or a link that leads nowhere is an error
+	$(BIN)/python tools/configuration_reference.py
+	$(BIN)/mkdocs build
+
+docs-serve: $(STAMP)  ## the same at http://127.0.0.1:8000, again after every change
+	$(BIN)/mkdocs serve
+
 lint: $(STAMP)  ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -51,6 +51,16 @@ def test_choices_in_commands_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    modules = re.findall(r"python\s+-m\s+(dalle1[\w.]*\w)", text)
+    files = [ROOT / "src" / module.replace(".", "/") for module in modules]
+    missing = [path for path in files if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file())]
+    missing += [ROOT / name for name in re.findall(r"python ([\w/]+\.py)", text) if not (ROOT / name).is_file()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
     cells = [len(re.sub(r"`[^`]*`", "", line).split("|")) if line.startswith("|") else 0 for line in lines]

@@ -45,11 +45,10 @@ class FilterConfig:
 
     min_side: int | None = None  # pixels of the shorter side, >= 1
     max_aspect: float | None = None  # longer over shorter side, >= 1
-    # Words stand between white space and have a letter or digit; characters are those between the caption's ends.
-    min_caption_words: int | None = None
-    max_caption_words: int | None = None
-    min_caption_characters: int | None = None
-    max_caption_characters: int | None = None
+    min_caption_words: int | None = None  # words stand between white space and have a letter or digit
+    max_caption_words: int | None = None  # as min_caption_words
+    min_caption_characters: int | None = None  # between the caption's ends
+    max_caption_characters: int | None = None  # between the caption's ends
     # What fields of the .json must be: a value, a list of allowed values, or {min: , max: } with one of them or both,
     # inclusive. `a.b` is field b of the object a. Text must agree in case; in ranges, numbers in quotes are numbers.
     json: dict[str, Any] | None = field(default=None, hash=False)

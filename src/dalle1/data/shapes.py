@@ -130,14 +130,12 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneMix:
-    """How often each kind of scene occurs (weights, any positive scale) and how much objects move.
+    """How often each kind of scene occurs (weights, any positive scale) and how much objects move."""
 
-    `jitter` is the largest shift of a centre as a share of the side; radii vary by twice that share of themselves.
-    """
-
-    single: float = 0.6
-    pair: float = 0.2
-    count: float = 0.2
+    single: float = 0.6  # weight of scenes with one object
+    pair: float = 0.2  # weight of scenes with two related objects
+    count: float = 0.2  # weight of scenes with equal objects
+    # Largest shift of a centre as a share of the side, in [0, 0.02]; radii vary by twice that share of themselves.
     jitter: float = 0.02
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ class ShapesRecipe:
     """All that decides the generated data set; each split is drawn from a seed of its own."""
 
     directory: str  # where the shards go; made by the recipe
-    train_samples: int = 20_000
+    train_samples: int = 20_000  # scenes, as of the other splits
     val_samples: int = 1_000  # drawn as the training split is
     test_samples: int = 1_000  # each with a held-out colour-shape pair, which the other splits never show
     image_size: int = 64  # side in pixels, >= 16

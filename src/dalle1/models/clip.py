@@ -22,14 +22,14 @@ class CLIPConfig:
 
     image_size: int = 224  # pixels; pictures of another size are resized first
     patch_size: int = 32  # pixels
-    image_width: int = 768
-    image_layers: int = 12
-    image_heads: int = 12
-    text_vocab_size: int = 16384
-    text_seq_len: int = 256
-    text_width: int = 512
-    text_layers: int = 12
-    text_heads: int = 8
+    image_width: int = 768  # of the image tower's states
+    image_layers: int = 12  # blocks of attention and MLP
+    image_heads: int = 12  # of attention; they share image_width
+    text_vocab_size: int = 16384  # BPE entries
+    text_seq_len: int = 256  # tokens per caption
+    text_width: int = 512  # of the text tower's states
+    text_layers: int = 12  # blocks of attention and MLP
+    text_heads: int = 8  # of attention; they share text_width
     embed_dim: int = 512  # of the features that are compared
     # Standard deviation of the image positions at the start; CLIP's width^-0.5. A small tower learns where things are
     # much sooner from 0.5, which is about as strong as the patches: places of the generated scenes were at chance

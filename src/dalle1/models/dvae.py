@@ -29,7 +29,7 @@ class DVAEConfig:
     n_hid: int = 256  # channels of the first encoder group; each later group has twice as many
     n_init: int = 128  # width of the codebook, the decoder's first layer
     n_groups: int = 4  # resolutions; between two groups the sides halve
-    n_blocks_per_group: int = 2
+    n_blocks_per_group: int = 2  # residual blocks, each of four convolutions
     # Side of the square of pixels that enters as one position (space to depth). 1 is the paper; 8 with one
     # group does all work on the token grid, which is what makes small models fast on a CPU.
     patch_size: int = 1

@@ -49,17 +49,17 @@ class TransformerConfig:
 
     text_vocab_size: int = 16384  # BPE entries; padding is counted on top
     image_vocab_size: int = 8192  # codes of the dVAE
-    text_seq_len: int = 256
+    text_seq_len: int = 256  # text tokens per sample, padding included
     grid_height: int = 32  # rows of image tokens
-    grid_width: int = 32
-    n_layers: int = 64
-    n_heads: int = 62
-    d_model: int = 3968
+    grid_width: int = 32  # image tokens in a row
+    n_layers: int = 64  # of attention and MLP
+    n_heads: int = 62  # of attention; they share d_model
+    d_model: int = 3968  # width of the states, a multiple of n_heads
     mlp_ratio: int = 4  # hidden width of the MLPs in units of d_model (paper, table 2)
     # `paper`: row and column layers in the paper's order, the last one convolutional; `full`: all causal; or the
     # pattern of each layer, first to last.
     attention: LayerPatterns | tuple[AttentionPattern, ...] = "paper"
-    conv_kernel_size: int = 11
+    conv_kernel_size: int = 11  # columns of the convolutional pattern, odd; it has (size + 1) / 2 rows
     conv_offsets: ConvOffsets = "wrapped"  # the two readings of the paper's figure, see `image_offsets`
     # Start states, see the module's docstring. `one` is how those who saw the paper's figure 10 built it; its text
     # mentions a start-of-image token, which only `two` has.

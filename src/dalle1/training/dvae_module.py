@@ -33,16 +33,17 @@ class DVAEOptimConfig(OptimConfig):
     """How a dVAE is trained. Schedules are cosines over the first so many updates (paper, app. A.2)."""
 
     kl_weight: float = 6.6  # beta at the end of its ramp from 0
-    kl_weight_steps: int = 5_000
+    kl_weight_steps: int = 5_000  # updates of that ramp
     temperature_start: float = 1.0  # of the relaxation
-    temperature_end: float = 1 / 16
-    temperature_steps: int = 150_000
+    temperature_end: float = 1 / 16  # which it has reached after temperature_steps, and keeps
+    temperature_steps: int = 150_000  # updates from the one to the other
     # Floor on ln b of the likelihood, see `losses.logit_laplace_nll`; -inf is the paper.
     min_log_scale: float = -math.inf
     # Update at which the codebook is started from the encoder's features (see `codebook_start`); until then
     # the dVAE is a plain autoencoder. 0 is the paper: random codes from the first update.
     codebook_start_step: int = 0
-    codebook_start_pictures: int = 512
+    codebook_start_pictures: int = 512  # training pictures whose features k-means sees then
+    # By how much a logit falls then, at the mean distance of a feature to its code.
     codebook_sharpness: float = 2.0
 
     def __post_init__(self) -> None:

@@ -23,9 +23,9 @@ class OptimConfig:
     lr: float  # peak
     final_lr: float  # the last one, which lr_schedule ends at; equal to lr for a constant rate
     warmup_steps: int  # linear ramp from 0
-    beta1: float
-    beta2: float
-    eps: float
+    beta1: float  # of the running mean of gradients, in [0, 1)
+    beta2: float  # of the running mean of squared gradients, in [0, 1)
+    eps: float  # added to the root of that mean, > 0
     weight_decay: float  # decoupled; see decay_exclusions
     grad_clip_norm: float  # largest norm of the whole gradient; 0 means no clipping
     ema_decay: float  # of the average of the weights, per copy; 0 means no average

@@ -62,7 +62,7 @@ class TransformerOptimConfig(OptimConfig):
 class ComputeConfig:
     """How training is computed; what is learned stays the same but for rounding, so a run may go on with others."""
 
-    attention_backend: AttentionBackend = "auto"  # see `models.attention`
+    attention_backend: AttentionBackend = "auto"  # what computes attention, see `models.attention`
     # Keep only each block's input for the backward pass and compute the rest again: less memory, a third more work.
     activation_checkpointing: bool = False
     compile: bool = False  # every block through torch.compile, as one graph each; for GPUs
