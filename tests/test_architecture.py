@@ -31,6 +31,7 @@ LAYERS = [
     ],
     ["results"],
     ["gallery", "picture_grid", "preview", "run_origin"],
+    ["html_page"],
     ["pipeline"],
     ["decode_and_rank"],
     ["rerank"],
