@@ -256,7 +256,8 @@ def _flat(config: Mapping[str, Any], run_dir: Any, prefix: str = "") -> dict[str
         elif isinstance(value, str) and isinstance(run_dir, str) and run_dir:
             options[f"{prefix}{name}"] = value.replace(run_dir, "{run_dir}")
         else:
-            options[f"{prefix}{name}"] = value
+            is_plain = isinstance(value, str | int | float | list | None)
+            options[f"{prefix}{name}"] = value if is_plain else str(value)  # YAML has dates
     return options
 
 
