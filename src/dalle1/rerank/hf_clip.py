@@ -124,8 +124,23 @@ class HFCLIPReranker:
 
         Raises: ValueError for pictures that do not become the model's size.
         """
-        output = self._network.get_image_features(pixel_values=self._prepare(images.to(self._network.device)))
-        return _pooled(output)
+        return self.pixel_features(self.prepare(images.to(self._network.device)))
+
+    @torch.inference_mode()
+    def pixel_features(self, pixels: Float[Tensor, "n 3 side side"]) -> Float[Tensor, "n d"]:
+        """As `image_features`, of what `prepare` made of the pictures, on the model's device."""
+        return _pooled(self._network.get_image_features(pixel_values=pixels))
+
+    @property
+    def n_features(self) -> int:
+        """Of each picture and prompt."""
+        config = self._network.config
+        return int(config.vision_config.hidden_size if self._is_siglip else config.projection_dim)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What becomes of pictures before the model sees them."""
+        return self._preprocessing
 
     def _text_feature(self, prompt: str) -> Float[Tensor, " d"]:
         ids = self._token_ids(prompt)
@@ -135,7 +150,11 @@ class HFCLIPReranker:
         output = self._network.get_text_features(input_ids=torch.tensor([ids], device=self._network.device))
         return normalize(_pooled(output), dim=-1)[0]
 
-    def _prepare(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 side side"]:
+    def prepare(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 side side"]:
+        """Pictures in [0, 1] as the model sees them.
+
+        Raises: ValueError for pictures that do not become the model's size.
+        """
         pixels = self._preprocessing(images)
         height, width = pixels.shape[-2:]
         if (height, width) != (self._side, self._side):
@@ -179,7 +198,7 @@ class HFCLIPReranker:
             )
         if self._is_siglip and self._tokenizer.pad_token_id is None:
             raise ValueError(f"the tokenizer of '{self._name}' must have a padding token; get it again from its source")
-        self._prepare(torch.zeros(1, 3, self._side, self._side))
+        self.prepare(torch.zeros(1, 3, self._side, self._side))
 
 
 def _load_tokenizer(directory: Path, model_type: str, name: str) -> Any:
