@@ -68,8 +68,8 @@ ALLOWED = {
     ),
     "wandb": ("training.logging",),
     "webdataset": ("data",),
-    "transformers": ("rerank.hf_clip",),
-    "huggingface_hub": ("rerank.hf_clip",),
+    "transformers": ("rerank.hf_clip", "rerank.hf_files"),
+    "huggingface_hub": ("rerank.hf_files", "evaluation.extractors"),
 }
 
 MODULES = {
