@@ -15,7 +15,9 @@ from dalle1.models.transformer import DalleTransformer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenNats:
-    """Nats (-ln of the probability) of every token given all before it, float32, and which are likeliest; on the CPU."""
+    """Nats (-ln of the probability) of every token given all before it, float32, and which are likeliest; on the CPU.
+
+    A slice of rows is those of some of the captioned pictures."""
 
     text: Float[Tensor, "b t"]  # 0 where a token does not count: after the padding token that ends the caption
     image: Float[Tensor, "b gh gw"]
@@ -23,7 +25,6 @@ class TokenNats:
     image_correct: Bool[Tensor, "b gh gw"]
 
     def __getitem__(self, rows: slice) -> TokenNats:
-        """Those of some of the captioned pictures."""
         return TokenNats(
             text=self.text[rows],
             image=self.image[rows],
