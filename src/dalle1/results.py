@@ -302,7 +302,7 @@ class SampleRun:
         grids = self._write_grids(prompts)
         self._manifest |= {
             "complete": complete,
-            "versions": _versions(),
+            "versions": versions(),
             "settings": settings,
             "reranker": reranker,
             "grids": grids,
@@ -385,7 +385,8 @@ def new_directory(parent: str | Path, name: str) -> Path:
     return path
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What made something: versions of this program, of PyTorch and of Python."""
     try:
         own = metadata.version("dalle1")
     except metadata.PackageNotFoundError:

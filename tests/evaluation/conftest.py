@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -78,3 +79,10 @@ def write_pictures() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -6,6 +6,7 @@ several crops in token shards the first.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,8 @@ from torch import Tensor
 from dalle1.checkpoint import Loaded, check_pair, text_tokenizer_of
 from dalle1.data.captions import CaptionSource, draw_caption
 from dalle1.data.dataset import BadSamples, OnBadSample
-from dalle1.data.raw_sample import BadSampleError, RawSample
+from dalle1.data.folders import TABLE_EXTENSIONS
+from dalle1.data.raw_sample import CAPTION, METADATA, BadSampleError, RawSample
 from dalle1.data.sources import Split, open_index
 from dalle1.data.token_shards import MANIFEST, open_tokens, read_manifest
 from dalle1.data.transforms import decode_image, fit_picture, to_unit_interval
@@ -132,8 +134,17 @@ class CaptionedTokens:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What they are, in plain types; other samples, or read in another way, have others."""
-        return self.samples.facts | self._how
+        """What they are, in plain types; other samples or captions, or read in another way, have others."""
+        return self.samples.facts | {"captions_sha256": self._hash_captions()} | self._how
+
+    def _hash_captions(self) -> str:
+        """Of the captions of folders and tables, whose pictures do not change with them; those of shards do."""
+        digest = hashlib.sha256()
+        for sample in self.samples.samples:
+            if Path(sample.container).is_dir() or sample.container.lower().endswith(TABLE_EXTENSIONS):
+                for part in (CAPTION, METADATA):
+                    digest.update(hashlib.sha256(sample.part(part) or b"").digest())
+        return digest.hexdigest()
 
     def batches(self, numbers: range, *, batch_size: int, device: torch.device) -> Iterator[TokenBatch]:
         """The good ones of the samples with these numbers.
