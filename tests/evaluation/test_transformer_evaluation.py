@@ -147,9 +147,9 @@ def test_numbers_are_those_of_the_logits(
             assert float(positions.text_nats[place]) == pytest.approx(float(text[here].mean()), rel=1e-5)
         else:
             assert math.isnan(positions.text_nats[place])
-    content = json.loads(json.dumps(numbers.to_dict(), allow_nan=False))
+    content = json.loads(json.dumps(numbers.means_by_position(), allow_nan=False))
     assert content["image_nats_by_row"] == pytest.approx(image.mean(0).view(3, 4).mean(1).tolist(), rel=1e-5)
-    assert content["positions"]["text_nats"][-1] is None
+    assert content["text_nats"][-1] is None
 
 
 def test_without_caption_dropout_nothing_is_said_of_captions(
@@ -202,6 +202,12 @@ def test_another_picture_is_another_set(pictures: Path, evaluate: Callable[..., 
     before = evaluate([pictures]).values
     Image.new("RGB", (40, 40), "red").save(pictures / "0.png")
     assert evaluate([pictures]).values["image_nats_per_token"] != before["image_nats_per_token"]
+
+
+def test_another_caption_is_another_set(pictures: Path, evaluate: Callable[..., TransformerNumbers]) -> None:
+    before = evaluate([pictures]).values
+    (pictures / "0.txt").write_text("x red star")
+    assert evaluate([pictures]).values["text_nats_per_token"] != before["text_nats_per_token"]
 
 
 @pytest.fixture
@@ -320,8 +326,8 @@ def test_command_writes_what_it_prints(
     main()
     printed = capsys.readouterr().out
     content = json.loads((out / "evaluation.json").read_text())
-    assert content["values"] == pytest.approx(evaluate([pictures]).values)
-    assert f"image nats per token          {content['values']['image_nats_per_token']:.5g}" in printed
+    assert content["numbers"] == pytest.approx(evaluate([pictures]).values)
+    assert f"image nats per token          {content['numbers']['image_nats_per_token']:.5g}" in printed
     assert "7 captioned pictures" in printed
     assert content["settings"]["batch_size"] == 3
     assert sorted(path.name for path in out.iterdir()) == [

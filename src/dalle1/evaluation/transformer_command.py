@@ -13,16 +13,16 @@ from typing import Any
 
 from tabulate import tabulate
 
-from dalle1.atomic_files import atomic_directory, check_directory, write_json
 from dalle1.checkpoint import load_image_tokenizer, load_transformer
 from dalle1.data.token_shards import MANIFEST, SPLITS
 from dalle1.evaluation.captioned_tokens import CaptionedTokens
 from dalle1.evaluation.chunks import DEFAULT_CACHE
+from dalle1.evaluation.command import choose_out, write_evaluation
+from dalle1.evaluation.feature_sets import Numbers
 from dalle1.evaluation.pictures import save_picture
 from dalle1.evaluation.position_figures import draw_image_positions, draw_text_positions
 from dalle1.evaluation.ranks import joined_ranks
 from dalle1.evaluation.transformer_likelihood import TransformerNumbers, evaluate_transformer
-from dalle1.results import new_directory
 from dalle1.score import DEFAULT_DVAE, DEFAULT_TRANSFORMER
 
 _ROWS = {  # of the printed table: the name of a number, and of its standard error
@@ -56,46 +56,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on_bad_sample", choices=("error", "skip"), default="error", help="(default: error)")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences computed at once (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
-    parser.add_argument("--cache", default=DEFAULT_CACHE, help="what is done is kept here (default: %(default)s)")
-    parser.add_argument("--out", help="directory to write to (default: runs/evaluations/transformer-<time>)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(DEFAULT_CACHE), help="of what is done (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="directory to write to (default: runs/evaluations/transformer-<time>)")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate, write and print."""
-    how: dict[str, Any] = {
-        "caption": options.caption,
-        "truncate_captions": options.truncate_captions == "true",
-        "on_bad_sample": options.on_bad_sample,
-    }
+    """Evaluate, write and print. Raises: ValueError, TypeError or OSError with one sentence for what cannot be done."""
+    out = choose_out(options)
+    transformer = load_transformer(options.transformer)
+    has_tokens = len(options.pictures) == 1 and Path(options.pictures[0], MANIFEST).is_file()
+    samples = CaptionedTokens.open(
+        options.pictures,
+        transformer,
+        None if has_tokens else load_image_tokenizer(options.dvae),
+        split=options.split,
+        caption=options.caption,
+        truncate_captions=options.truncate_captions == "true",
+        on_bad_sample=options.on_bad_sample,
+    )
     with joined_ranks() as ranks:
-        if options.out and ranks.is_first:
-            check_directory(options.out)
         device = ranks.choose_device(options.device)
-        transformer = load_transformer(options.transformer)
-        has_tokens = len(options.pictures) == 1 and Path(options.pictures[0], MANIFEST).is_file()
-        image_tokenizer = None if has_tokens else load_image_tokenizer(options.dvae)
-        samples = CaptionedTokens.open(options.pictures, transformer, image_tokenizer, split=options.split, **how)
         transformer.model.to(device)
-        numbers = evaluate_transformer(
-            samples,
-            transformer,
-            cache=Path(options.cache),
-            ranks=ranks,
-            device=device,
-            batch_size=options.batch_size,
-        )
+        how: dict[str, Any] = {"cache": options.cache, "ranks": ranks, "device": device}
+        numbers = evaluate_transformer(samples, transformer, batch_size=options.batch_size, **how)
         if not ranks.is_first:
             return
-    settings = {name: value for name, value in vars(options).items() if name not in ("command", "out")}
-    facts = {"sha256": transformer.sha256, "step": transformer.step, "dvae_sha256": transformer.dvae_sha256}
-    out = Path(options.out) if options.out else new_directory("runs/evaluations", "transformer")
-    with atomic_directory(out) as partial:
-        content = {"command": "transformer", **numbers.to_dict(), "pictures": samples.facts}
-        write_json(partial / "evaluation.json", content | {"transformer": facts, "settings": settings})
-        save_picture(draw_image_positions(numbers.positions), partial / "image_positions.png")
-        save_picture(draw_text_positions(numbers.positions), partial / "text_positions.png")
+        facts = {"sha256": transformer.sha256, "step": transformer.step, "dvae_sha256": transformer.dvae_sha256}
+        path = write_evaluation(
+            out,
+            Numbers(values=numbers.values, notes=[]),
+            options=options,
+            extractors=[],
+            sets={"pictures": samples.facts},
+            more={"checkpoints": {"transformer": facts}, "by_position": numbers.means_by_position()},
+        )
+        save_picture(draw_image_positions(numbers.positions), out / "image_positions.png")
+        save_picture(draw_text_positions(numbers.positions), out / "text_positions.png")
     print(format_numbers(numbers))
-    print(f"written to: {out}")
+    print(f"numbers: {path}")
 
 
 def format_numbers(numbers: TransformerNumbers) -> str:

@@ -43,9 +43,9 @@ class TransformerNumbers:
     values: dict[str, float]
     positions: PositionNumbers
 
-    def to_dict(self) -> dict[str, Any]:
-        """All in plain types; a mean of nothing is None."""
-        positions = {
+    def means_by_position(self) -> dict[str, Any]:
+        """Means at positions and over rows of the grid, in plain types; a mean of nothing is None."""
+        positions: dict[str, Any] = {
             name: _plain(getattr(self.positions, name).tolist())
             for name in PositionNumbers.__dataclass_fields__
             if getattr(self.positions, name) is not None
@@ -53,7 +53,7 @@ class TransformerNumbers:
         rows = {"image_nats_by_row": self.positions.image_nats.mean(1).tolist()}
         if self.positions.caption_gain is not None:
             rows["caption_gain_by_row"] = self.positions.caption_gain.mean(1).tolist()
-        return {"values": self.values, **rows, "positions": positions}
+        return rows | positions
 
 
 def evaluate_transformer(
