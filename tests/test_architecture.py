@@ -21,6 +21,7 @@ LAYERS = [
         "evaluation.tokenizer_command",
         "evaluation.system_command",
         "evaluation.command",
+        "evaluation.sampled_sets",
         "evaluation.feature_sets",
         "evaluation.chunks",
         "evaluation.extractors",
