@@ -26,6 +26,7 @@ LAYERS = [
         "evaluation.position_figures",
         "compare",
         "evaluation.command",
+        "evaluation.sampled_sets",
         "evaluation.feature_sets",
         "evaluation.chunks",
         "evaluation.extractors",

@@ -18,7 +18,7 @@ from dalle1.html_page import embed, for_json, render_page
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
 # Above this pages take long to make and to open (10 ms and 28 kB for each picture of 256 x 256); the rest is files.
 _MOST_PICTURES = 2000
-_NOT_REPEATED = ("prompt", "prompts_file", "out", "rerank.only")
+_NOT_REPEATED = ("prompt", "prompts_file", "out", "rerank.only", "best_of")
 
 
 def render_gallery(manifest: Mapping[str, Any], open_picture: Callable[[str], Image.Image]) -> str:
