@@ -21,6 +21,8 @@ LAYERS = [
         "evaluation.tokenizer_command",
         "evaluation.system_command",
         "evaluation.transformer_command",
+        "evaluation.overlap_command",
+        "evaluation.overlap_page",
         "evaluation.captioned_tokens",
         "evaluation.transformer_likelihood",
         "evaluation.position_figures",

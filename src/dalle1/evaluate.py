@@ -1,4 +1,4 @@
-"""How good a model is: `python -m dalle1.evaluate tokenizer|transformer|system ... [out=DIR]`.
+"""How good a model is: `python -m dalle1.evaluate tokenizer|transformer|system|overlap ... [out=DIR]`.
 
 Each command says with `--help` what it measures; docs/evaluation.md says what the numbers mean. Under
 `torchrun --nproc-per-node=N -m dalle1.evaluate ...` the processes share the work, and the numbers are the same.
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dalle1.cli import dashed_options, errors_in_one_line
-from dalle1.evaluation import system_command, tokenizer_command, transformer_command
+from dalle1.evaluation import overlap_command, system_command, tokenizer_command, transformer_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,11 @@ COMMANDS = {
         description=system_command.__doc__ or "",
         add_arguments=system_command.add_arguments,
         run=system_command.run,
+    ),
+    "overlap": Command(
+        description=overlap_command.__doc__ or "",
+        add_arguments=overlap_command.add_arguments,
+        run=overlap_command.run,
     ),
 }
 

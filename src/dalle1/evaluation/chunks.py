@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,22 +41,26 @@ class Chunks:
     chunk_size: int
 
     def load(self) -> dict[str, Tensor]:
-        """Its tensors, those of all chunks joined along their first dimension.
+        """Its tensors, those of all chunks joined along their first dimension. Raises: as `parts`."""
+        parts: dict[str, list[Tensor]] = {}
+        for content in self.parts():
+            for name, tensor in content.items():
+                parts.setdefault(name, []).append(tensor)
+        return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+    def parts(self) -> Iterator[dict[str, Tensor]]:
+        """The tensors of each chunk, one after the other.
 
         Raises: ValueError if a file is damaged; FileNotFoundError if one was removed.
         """
-        parts: dict[str, list[Tensor]] = {}
         for number in range(_count(self.n, self.chunk_size)):
             path = chunk_path(self.directory, number)
             try:
-                content = load_file(path)
+                yield load_file(path)
             except FileNotFoundError:
                 raise
             except Exception as error:  # whatever a damaged file makes the reader raise
                 raise ValueError(f"'{path}' is damaged ({error}); delete it, and it is computed again") from error
-            for name, tensor in content.items():
-                parts.setdefault(name, []).append(tensor)
-        return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def compute_chunks(

@@ -22,8 +22,8 @@ DEFAULT_EXTRACTOR = "clip:runs/shapes/clip/checkpoints/last.ckpt"
 _FORMAT_VERSION = 1
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of every evaluation that looks at features."""
+def add_shared_arguments(parser: argparse.ArgumentParser, *, seed: bool = True) -> None:
+    """Options of every evaluation that looks at features; `seed` for those that draw something."""
     parser.add_argument(
         "--extractor",
         action="append",
@@ -37,7 +37,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", help="pixels of a side, or HEIGHTxWIDTH, that the largest centred part of each picture is resized to"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
+    if seed:
+        parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=Path(DEFAULT_CACHE), help="of features (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="directory to write to (default: runs/evaluations/<command>-<time>)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
