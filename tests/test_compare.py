@@ -197,6 +197,21 @@ def test_damaged_file_is_named_and_its_run_has_a_row(tmp_path: Path, name: str, 
     assert f"a: {problem}" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("step", "five"), ("max_steps", None), ("pid", "1"), ("started", []), ("samples_per_second", "8"), ("error", 3)],
+)
+def test_status_of_wrong_types_is_no_status(tmp_path: Path, name: str, value: object) -> None:
+    run = make_run(tmp_path / "a", summary={"wall_seconds": 1.0}, said=status())
+    content = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(content | {name: value}))
+    (record,) = read(tmp_path)
+    (problem,) = record.problems
+    assert problem.endswith(f"must be a run's status.json, its {name} is {value!r}")
+    assert (record.state, record.wall_seconds) == ("complete", 1.0)
+    format_comparison(compare([record]))
+
+
 def test_values_of_wrong_types_are_none(tmp_path: Path) -> None:
     summary = {"wall_seconds": "long", "step": [], "loss": "low", "stage": 3}
     config = options(optim="none", model={"d_model": "wide"}, callbacks=[])

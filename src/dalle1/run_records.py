@@ -33,6 +33,17 @@ _MORE_IS_BETTER = ("accuracy", "psnr_db", "ssim", "codes_used_share", "code_perp
 _PLACES = ("name", "run_dir", "results_dir", "resume")
 # Groups that repeat options of others, as `${}` in the configuration has it.
 _REPEATING = ("callbacks.", "data.", "logger.", "filters.", "trainer.")
+# What is computed with of a status; `read_status` leaves the types to who wrote it.
+_STATUS_TYPES: dict[str, Any] = {
+    "stage": str,
+    "step": int,
+    "max_steps": int,
+    "host": str,
+    "pid": int,
+    "started": int | float,
+    "updated": int | float,
+    "samples_per_second": int | float | None,
+}
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
 
 Curve = Sequence[tuple[int, float]]
@@ -186,10 +197,16 @@ def _read_status(path: Path, problems: list[str]) -> RunStatus | None:
     if not path.is_file():
         return None
     try:
-        return read_status(path)
+        status = read_status(path)
     except (ValueError, OSError) as error:
         problems.append(str(error))
-    return None
+        return None
+    wanted = {**_STATUS_TYPES, **({"error": str} if status.error is not None else {})}
+    for name, types in wanted.items():
+        if not isinstance(getattr(status, name), types):
+            problems.append(f"'{path}' must be a run's {STATUS}, its {name} is {getattr(status, name)!r}")
+            return None
+    return status
 
 
 def _read_config(path: Path, problems: list[str]) -> Mapping[str, Any]:
