@@ -22,6 +22,7 @@ LAYERS = [
         "evaluation.system_command",
         "evaluation.command",
         "evaluation.sampled_sets",
+        "evaluation.reconstructions",
         "evaluation.feature_sets",
         "evaluation.chunks",
         "evaluation.extractors",
