@@ -29,6 +29,7 @@ LAYERS = [
         "compare",
         "evaluation.command",
         "evaluation.sampled_sets",
+        "evaluation.reconstructions",
         "evaluation.feature_sets",
         "evaluation.chunks",
         "evaluation.extractors",

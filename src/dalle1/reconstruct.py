@@ -78,19 +78,10 @@ def reconstruct(dvae: DVAE, image: Float[Tensor, "3 h w"]) -> tuple[Float[Tensor
 
     It is padded to the right and below with copies of its last column and row up to a multiple of the dVAE's
     downsampling, and cropped again."""
-    seen, tokens = reconstruct_batch(dvae, image[None])
-    return seen[0], tokens[0]
-
-
-@torch.inference_mode()
-def reconstruct_batch(
-    dvae: DVAE, image: Float[Tensor, "b 3 h w"]
-) -> tuple[Float[Tensor, "b 3 h w"], Int[Tensor, "b gh gw"]]:
-    """As `reconstruct`, of several pictures of one size."""
     height, width = image.shape[-2:]
     factor = dvae.config.downsampling
-    tokens = dvae.encode(F.pad(image, (0, -width % factor, 0, -height % factor), mode="replicate"))
-    return dvae.decode(tokens)[:, :, :height, :width], tokens
+    tokens = dvae.encode(F.pad(image[None], (0, -width % factor, 0, -height % factor), mode="replicate"))
+    return dvae.decode(tokens)[0, :, :height, :width], tokens[0]
 
 
 def reconstruct_files(

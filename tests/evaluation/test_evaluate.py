@@ -17,13 +17,16 @@ from dalle1.checkpoint import load_dvae, weights_sha256
 from dalle1.data import shapes
 from dalle1.data.transforms import to_pixels
 from dalle1.evaluate import main
-from dalle1.evaluation import chunks, tokenizer_command
+from dalle1.evaluation import chunks, reconstructions
 from dalle1.evaluation.distances import frechet_distance
 from dalle1.evaluation.extractors import load_extractor
 from dalle1.evaluation.image_quality import psnr_db, squared_error, ssim
 from dalle1.evaluation.pictures import to_uint8
 from dalle1.evaluation.shapes_scorer import score
 from dalle1.evaluation.system_command import draw_captions
+from dalle1.losses import logit_laplace_nll
+from dalle1.models.dvae import DVAE
+from dalle1.models.pixels import map_pixels
 from dalle1.reconstruct import reconstruct
 from dalle1.results import SampleRun
 
@@ -83,7 +86,9 @@ def test_tokenizer_numbers_are_those_of_each_picture_by_itself(
     folder = write_pictures(tmp_path / "a", 6)
     Image.open(folder / "000.png").resize((8, 30)).save(folder / "006.png")  # too narrow for SSIM, and no multiple of 4
     place = f"inception:{inception_files['probabilities']}"
-    content = run("tokenizer", folder, f"dvae={checkpoints['dvae']}", f"extractor={place}")
+    content = run(
+        "tokenizer", folder, f"dvae={checkpoints['dvae']}", f"extractor={place}", "temperature=1e-6", "min_log_scale=-1"
+    )
 
     dvae, extractor = load_dvae(checkpoints["dvae"]).model, load_extractor(place)
     images = [to_pixels(Image.open(path)) for path in sorted(folder.glob("*.png"))]
@@ -95,6 +100,21 @@ def test_tokenizer_numbers_are_those_of_each_picture_by_itself(
     assert numbers["mse[n=7]"] == pytest.approx(float(torch.cat(errors).mean()), rel=1e-5)
     assert numbers["psnr_db[n=7]"] == pytest.approx(float(psnr_db(torch.cat(errors)).mean()), rel=1e-5)
     assert numbers["ssim[n=6]"] == pytest.approx(float(torch.cat(similarity).mean()), rel=1e-4)
+    nats = [
+        logit_laplace_nll(
+            map_pixels(image[None] / 255),
+            dvae.decode_vectors(torch.nn.functional.embedding(tokens, dvae.codebook)[None])[
+                ..., : image.shape[1], : image.shape[2]
+            ],
+            min_log_scale=-1.0,
+        ).mean()
+        for (_, tokens), image in zip(seen, images, strict=True)
+    ]
+    assert numbers["nats_per_dim[n=7,floor=-1]"] == pytest.approx(float(torch.stack(nats).mean()), rel=1e-4)
+    # Nearly hard codes lose nearly what hard ones do.
+    hard, relaxed = (value(content, name) for name in ("mse[", "relaxed_mse[n=7,temperature=1e-06"))
+    assert relaxed == pytest.approx(hard, rel=0.5)
+    assert relaxed != hard
     assert numbers["codes_used[n=7,vocab=32]"] == int((counts > 0).sum())
     files = [torch.from_numpy(to_uint8(s[None])[0]).permute(2, 0, 1) for s, _ in seen]
     expected = frechet_distance(extractor(images).features, extractor(files).features)
@@ -118,20 +138,20 @@ def test_interrupted_tokenizer_evaluation_goes_on_and_gives_the_same(
         folder,
         f"dvae={checkpoints['dvae']}",
         f"extractor=clip:{checkpoints['clip']}",
-        "size=8x12",
+        "size=12x16",
     )
     compute = chunks.compute_chunks
-    monkeypatch.setattr(tokenizer_command, "compute_chunks", lambda *a, **k: compute(*a, **(k | {"chunk_size": 2})))
+    monkeypatch.setattr(reconstructions, "compute_chunks", lambda *a, **k: compute(*a, **(k | {"chunk_size": 2})))
     whole = run(*arguments, "cache=whole")
-    reconstruct_batch, calls = tokenizer_command.reconstruct_batch, []
+    ssim_of_batch, calls = reconstructions.ssim, []
 
     def dying(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return reconstruct_batch(*arguments)
+        return ssim_of_batch(*arguments)
 
-    monkeypatch.setattr(tokenizer_command, "reconstruct_batch", dying)
+    monkeypatch.setattr(reconstructions, "ssim", dying)
     assert "interrupted" in run(*arguments, "cache=cache", out="second", code=130)["error"]
     resumed = run(*arguments, "cache=cache", out="third")
     assert len(calls) == 3 + 2  # two chunks of four were there
@@ -325,3 +345,26 @@ def test_command_line_mistakes_are_said(run: Run, monkeypatch: pytest.MonkeyPatc
 def test_one_picture_is_refused_by_the_tokenizer(run: Run, write_pictures: Callable[..., Path], tmp_path: Path) -> None:
     error = run("tokenizer", write_pictures(tmp_path / "a", 1), code=1)["error"]
     assert "at least 2 pictures, got 1" in error
+
+
+def test_floor_of_likelihoods_is_that_of_training(
+    run: Run,
+    write_pictures: Callable[..., Path],
+    make_dvae: Callable[..., DVAE],
+    write_checkpoint: Callable[..., Path],
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    trained = {"options": {"optim": {"min_log_scale": -2.5}}}
+    dvae = write_checkpoint(tmp_path / "dvae.ckpt", make_dvae(), extra=trained)
+    arguments = (
+        "tokenizer",
+        write_pictures(tmp_path / "a", 3),
+        f"dvae={dvae}",
+        f"extractor=clip:{checkpoints['clip']}",
+    )
+    content = run(*arguments)
+    assert "nats_per_dim[n=3,floor=-2.5]" in content["numbers"]
+    assert not any("floor on ln b" in note for note in content["notes"])
+    assert "temperature must be > 0, got 0" in run(*arguments, "temperature=0", out="b", code=1)["error"]
+    assert "min_log_scale must be a number or -inf" in run(*arguments, "min_log_scale=nan", out="b", code=1)["error"]

@@ -61,7 +61,8 @@ def frechet_distance(reference: Float[Tensor, "n d"], samples: Float[Tensor, "m 
     Raises: ValueError for less than 2 pictures on a side, other numbers of features, or numbers that are not finite.
     """
     _check(reference, samples)
-    metric = FrechetInceptionDistance(_AsTheyAre(reference.shape[1]))
+    # Of several processes only one computes: nothing to be gathered from the others.
+    metric = FrechetInceptionDistance(_AsTheyAre(reference.shape[1]), sync_on_compute=False)
     for features, is_reference in ((reference, True), (samples, False)):
         for part in torch.split(features, _ROWS_AT_ONCE):
             metric.update(part.double(), real=is_reference)
@@ -106,7 +107,7 @@ def kernel_distance(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all extracted features")
         metric = KernelInceptionDistance(
-            _AsTheyAre(reference.shape[1]), subsets=subsets, subset_size=subset_size, normalize=False
+            _AsTheyAre(reference.shape[1]), subsets=subsets, subset_size=subset_size, sync_on_compute=False
         )
     metric.update(reference.double(), real=True)
     metric.update(samples.double(), real=False)
