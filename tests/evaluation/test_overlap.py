@@ -22,7 +22,7 @@ from dalle1.evaluation.extractors import Features
 from dalle1.evaluation.feature_sets import extract
 from dalle1.evaluation.nearest import nearest
 from dalle1.evaluation.overlap_command import Overlap, find_nearest, shown_pairs
-from dalle1.evaluation.overlap_page import counts_at_or_above
+from dalle1.evaluation.overlap_page import counts_at_or_above, slider_steps
 from dalle1.evaluation.picture_sets import Treatment, open_pictures
 from dalle1.evaluation.ranks import Ranks
 
@@ -164,10 +164,16 @@ def test_page_has_the_closest_pairs_and_some_of_all_others(n: int, most: int, ex
     assert many[-1] == 999
 
 
-def test_slider_knows_how_many_are_at_or_above() -> None:
+def test_slider_has_the_similarities_that_occur_and_their_counts() -> None:
     similarities = np.array([1.0, 0.75, 0.5, 0.5, -0.25])
-    counts = counts_at_or_above(similarities, -1, 4)
-    assert counts == [int((similarities >= k / 4).sum()) for k in range(-1, 5)] == [5, 4, 4, 4, 2, 1]
+    thresholds = slider_steps(similarities, 0.6)
+    assert thresholds == [-0.25, 0.5, 0.6, 0.75, 1.0]
+    assert counts_at_or_above(similarities, thresholds) == [5, 4, 2, 2, 1]
+    many = np.linspace(1, 0.9999, 50_000)
+    steps = slider_steps(many, 0.95)
+    assert len(steps) == 1001
+    shares = np.array(counts_at_or_above(many, steps[1:])) / 50_000
+    np.testing.assert_allclose(np.diff(shares), -1 / 999, atol=1e-4)
 
 
 class _Elements(HTMLParser):

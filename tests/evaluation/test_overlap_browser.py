@@ -46,15 +46,15 @@ def test_threshold_shows_its_share_and_marks_the_pairs(tmp_path: Path) -> None:
         page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri())
         seen = []
-        for threshold in (900, 951, 1000, 250):
-            page.locator("#threshold").fill(str(threshold))
+        for place in (2, 3, 4, 0):  # of 0.25, 0.5, 0.9, 0.95 and 1
+            page.locator("#threshold").fill(str(place))
             seen.append((page.locator("#share").text_content(), page.locator(".apart").count()))
         browser.close()
     assert seen == [
-        ("0.900: 50.00%, 2 of 4", 2),
-        ("0.951: 25.00%, 1 of 4", 3),
-        ("1.000: 25.00%, 1 of 4", 3),
-        ("0.250: 100.00%, 4 of 4", 0),
+        ("0.900000: 50.00%, 2 of 4", 2),
+        ("0.950000: 50.00%, 2 of 4", 2),
+        ("1.000000: 25.00%, 1 of 4", 3),
+        ("0.250000: 100.00%, 4 of 4", 0),
     ]
     assert complaints == []
     assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,9 @@ from dalle1.data.transforms import decode_image
 from dalle1.html_page import embed, render_page
 
 _THUMBNAIL_SIDE = 160  # pixels of the longer side
-_STEPS = 1000  # of the slider between two cosines that differ by 1
+# Places of the slider at most. They are cosines that occur, at even shares of the pairs: features of some networks
+# differ in the fourth digit alone.
+_MOST_STEPS = 1000
 _LONGEST_CAPTION = 300  # characters
 
 
@@ -40,26 +41,29 @@ def render_overlap(pairs: Sequence[Pair], similarities: np.ndarray, *, threshold
         threshold: Where the slider stands at first.
         extractor: Whose features were compared.
     """
-    lowest = math.floor(min(float(similarities[-1]), threshold) * _STEPS)
+    thresholds = slider_steps(similarities, threshold)
     return render_page(
         "overlap.html",
         extractor=extractor,
         n=len(similarities),
         pairs=pairs,
-        threshold=threshold,
-        slider={"lowest": lowest, "highest": _STEPS, "step": 1, "at": math.floor(threshold * _STEPS + 0.5)},
+        slider={"highest": len(thresholds) - 1, "at": thresholds.index(threshold)},
         data={
-            "steps": _STEPS,
-            "lowest": lowest,
-            "counts": counts_at_or_above(similarities, lowest, _STEPS),
+            "thresholds": thresholds,
+            "counts": counts_at_or_above(similarities, thresholds),
             "n": len(similarities),
         },
     )
 
 
-def counts_at_or_above(similarities: np.ndarray, lowest: int, steps: int) -> list[int]:
-    """How many similarities, in descending order, are at least k / steps, for k = lowest ... steps."""
-    thresholds = np.arange(lowest, steps + 1) / steps
+def slider_steps(similarities: np.ndarray, threshold: float) -> list[float]:
+    """Thresholds to choose from, ascending: similarities (descending) at even shares of them, and `threshold`."""
+    places = np.linspace(0, len(similarities) - 1, min(len(similarities), _MOST_STEPS)).round().astype(int)
+    return sorted({threshold, *similarities[places].tolist()})
+
+
+def counts_at_or_above(similarities: np.ndarray, thresholds: Sequence[float]) -> list[int]:
+    """How many similarities, in descending order, are at least as large as each threshold."""
     return [int(count) for count in len(similarities) - np.searchsorted(similarities[::-1], thresholds, side="left")]
 
 
