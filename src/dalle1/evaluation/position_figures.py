@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ def draw_image_positions(positions: PositionNumbers) -> Image.Image:
     for axes, (title, values) in zip(panels, maps.items(), strict=True):
         shown = axes.imshow(values.numpy(), cmap="inferno", vmin=min(0.0, float(values.min())))
         axes.set(xlabel="column", ylabel="row")
+        axes.locator_params(integer=True)
         axes.set_title(title, fontsize=9)
         figure.colorbar(shown, ax=axes, shrink=0.8)
     for title, values in maps.items():
@@ -34,6 +34,7 @@ def draw_image_positions(positions: PositionNumbers) -> Image.Image:
     rows.invert_yaxis()
     rows.set(xlabel="mean nats per token", ylabel="row")
     rows.set_title("by row", fontsize=9)
+    rows.yaxis.get_major_locator().set_params(integer=True)
     rows.grid(alpha=0.3)
     rows.legend(fontsize=7, frameon=False)
     return _to_picture(figure)
@@ -56,7 +57,8 @@ def draw_text_positions(positions: PositionNumbers) -> Image.Image:
     above.legend(handles=[*above.lines, *accuracy.lines], fontsize=8, frameon=False)
     below.stairs(n_text[:last] / n_text[0], np.arange(last + 1) - 0.5, fill=True)
     below.set(xlabel="position in the caption; its end is a token too", ylabel="captions as long", ylim=(0, 1.05))
-    below.set_xlim(-0.5, math.ceil(last) - 0.5)
+    below.set_xlim(-0.5, last - 0.5)
+    below.xaxis.get_major_locator().set_params(integer=True)
     return _to_picture(figure)
 
 
