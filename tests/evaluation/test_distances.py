@@ -95,9 +95,10 @@ def test_kid_depends_on_its_seed_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers were taken
 
 
-def test_kid_subsets_are_as_large_as_the_smaller_side_allows() -> None:
+def test_kid_subsets_are_of_1000_pictures_or_half_of_the_smaller_side() -> None:
     assert kid_subset_size(5000, 30000) == 1000
-    assert kid_subset_size(5000, 200) == 200
+    assert kid_subset_size(5000, 201) == 100
+    assert kid_subset_size(3, 9) == 2
 
 
 def test_inception_score_of_even_certain_classes_is_their_number() -> None:

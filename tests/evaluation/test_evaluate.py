@@ -162,10 +162,11 @@ def test_system_samples_the_captions_and_measures_the_pictures(
     system: Run, write_pictures: Callable[..., Path], tmp_path: Path
 ) -> None:
     reference = write_pictures(tmp_path / "reference", 24, size=(23, 17))
-    content = system(reference, "prompts=21", "sample_dir=samples", "blur=0,1")
+    content = system(reference, "prompts=21", "sample_dir=samples", "blur=0,1", "temperature=0.5", "seed=3")
     run = SampleRun.reopen(tmp_path / "samples")
+    assert (run.origin.sampling["temperature"], run.origin.seed) == (0.5, 3)
     captions = [(reference / f"{i:03d}.txt").read_text() for i in range(24)]
-    assert run.origin.prompts == draw_captions(captions, 21, seed=0)
+    assert run.origin.prompts == draw_captions(captions, 21, seed=3)
     assert len(list((tmp_path / "samples").glob("0*.png"))) == 21
     # Both sides as large as the samples.
     assert content["treatment"] == {"size": [12, 16], "blur": 0.0}
@@ -174,13 +175,13 @@ def test_system_samples_the_captions_and_measures_the_pictures(
     for radius in (0, 1):
         for extractor in (inception, clip):
             what = f"{extractor},n=24/21,blur={radius}"
-            kid = f"[{what},subsets=100x21]"
+            kid = f"[{what},subsets=100x10]"
             assert {f"fid[{what}]", f"kid{kid}", f"kid_deviation{kid}", f"recall[{what},k=3]"} <= names
         assert f"inception_score[{inception},n=21,blur={radius},splits=10]" in names
         assert f"clip_score[{clip},n=21,blur={radius}]" in names
     assert not any(name.startswith("inception_score[clip") or name.startswith("clip_score[inception") for name in names)
     # The same pictures as a directory, and as a folder that somebody else wrote.
-    again = system(reference, "samples=samples", "blur=0,1", samples=True, out="again")
+    again = system(reference, "samples=samples", "blur=0,1", "seed=3", samples=True, out="again")
     assert again["numbers"] == content["numbers"]
     other = tmp_path / "other"
     other.mkdir()
@@ -188,7 +189,9 @@ def test_system_samples_the_captions_and_measures_the_pictures(
         path = tmp_path / "samples" / entry["pictures"][0]["file"]
         Image.open(path).save(other / path.name)
         (other / path.name).with_suffix(".txt").write_text(entry["prompt"])
-    assert system(reference, "samples=other", "blur=0,1", samples=True, out="b")["numbers"] == content["numbers"]
+    assert (
+        system(reference, "samples=other", "blur=0,1", "seed=3", samples=True, out="b")["numbers"] == content["numbers"]
+    )
 
 
 def test_best_of_is_the_best_by_the_reranker_of_the_first_candidates(
@@ -314,6 +317,10 @@ def test_captions_are_drawn_once_each_and_by_seed() -> None:
         (("{pictures}", "prompts=9"), "at most the number of different captions, 4, got 9"),
         (("{pictures}", "extractor=vgg:x"), "an extractor must be"),
         (("{pictures}", "extractor={clip}"), "each extractor must be given once"),
+        (("{pictures}", "extractor=inception:hf://a/b/c.pt"), "give --allow_download"),
+        (("{pictures}", "extractor=inception:hf://a/b/c.pt", "--allow_download"), "could not be downloaded"),
+        (("{pictures}", "guidance_scale=2"), "guidance needs a transformer trained with optim.caption_dropout"),
+        (("{pictures}", "temperature=-1"), "temperature"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_said_in_one_line(
@@ -323,7 +330,12 @@ def test_what_cannot_be_measured_is_said_in_one_line(
     tmp_path: Path,
     arguments: tuple[str, ...],
     message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def no_hub(*_: object, **__: object) -> None:
+        raise OSError("there is no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", no_hub)
     places = {
         "pictures": write_pictures(tmp_path / "a", 4),
         "one": write_pictures(tmp_path / "one", 1),

@@ -71,8 +71,8 @@ def frechet_distance(reference: Float[Tensor, "n d"], samples: Float[Tensor, "m 
 
 
 def kid_subset_size(n_reference: int, n_samples: int) -> int:
-    """Pictures of each side in a subset: 1000, as in the paper, or all of the smaller side."""
-    return min(KID_SUBSET_SIZE, n_reference, n_samples)
+    """Pictures of each side in a subset: 1000, as in the paper, or half of the smaller side, so that subsets differ."""
+    return min(KID_SUBSET_SIZE, max(2, min(n_reference, n_samples) // 2))
 
 
 def kernel_distance(

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -312,7 +312,8 @@ def _load_hf(name: str, allow_download: bool) -> Extractor:
         directory, revision = find_model(name, allow_download=allow_download, use=_EXTRACTION)
         model_type = read_model_type(directory, name, _EXTRACTION)
         if model_type in RANKING.classes:
-            return HFCLIPExtractor(HFCLIPReranker.load(name, allow_download=allow_download, use=_EXTRACTION))
+            use = replace(_EXTRACTION, needs_tokenizer=True)
+            return HFCLIPExtractor(HFCLIPReranker.load(name, allow_download=allow_download, use=use))
         check_files(directory, name, is_local=revision is None, use=_EXTRACTION)
         preprocessing = read_preprocessing(directory, model_type)
         network = load_network(directory, _EXTRACTION.classes[model_type], name)

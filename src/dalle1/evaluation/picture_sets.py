@@ -90,8 +90,9 @@ class PictureSet:
     def sha256(self) -> str:
         """Hash of all that says which pictures they are (see the module's docstring)."""
         digest, states = hashlib.sha256(), dict[str, str]()
+        folders = {container: Path(container).is_dir() for container in {sample.container for sample in self.samples}}
         for sample in self.samples:
-            path = _file_of(sample)
+            path = _file_of(sample, in_folder=folders[sample.container])
             if path not in states:
                 state = os.stat(path)
                 states[path] = f"{os.path.realpath(path)}|{state.st_size}|{state.st_mtime_ns}"
@@ -165,12 +166,13 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def _file_of(sample: RawSample) -> str:
+def _file_of(sample: RawSample, *, in_folder: bool) -> str:
     """The file whose change is the picture's."""
-    container = Path(sample.container)
-    if container.is_dir():
-        return str(container / sample.key)
-    return str(container.parent / sample.key) if sample.container.lower().endswith(TABLE_EXTENSIONS) else str(container)
+    if in_folder:
+        return os.path.join(sample.container, sample.key)
+    if sample.container.lower().endswith(TABLE_EXTENSIONS):
+        return os.path.join(os.path.dirname(sample.container), sample.key)
+    return sample.container
 
 
 def _caption(sample: RawSample) -> str:

@@ -41,8 +41,11 @@ class HFCLIPReranker:
     SigLIP 2 with pictures of a fixed size as well, whose format is SigLIP's.
     """
 
-    def __init__(self, network: Any, tokenizer: Any, preprocessing: Preprocessing, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, network: Any, tokenizer: Any, preprocessing: Preprocessing, facts: Mapping[str, Any], use: Use = RANKING
+    ) -> None:
         self._network = network
+        self._use = use
         self._tokenizer = tokenizer
         self._preprocessing = preprocessing
         self._facts = dict(facts)
@@ -75,7 +78,7 @@ class HFCLIPReranker:
         facts = {"kind": "hf_clip", "model": name, "model_type": model_type, "weights_sha256": hash_weights(directory)}
         if revision is not None:
             facts["revision"] = revision
-        reranker = cls(network, tokenizer, preprocessing, facts)
+        reranker = cls(network, tokenizer, preprocessing, facts, use)
         reranker._check_parts_fit()
         return reranker
 
@@ -160,8 +163,8 @@ class HFCLIPReranker:
         if (height, width) != (self._side, self._side):
             raise ValueError(
                 f"pictures must become {self._side} x {self._side} pixels for '{self._name}', but its preprocessing "
-                f"makes {height} x {width} of {images.shape[-2]} x {images.shape[-1]}; choose another model or set "
-                f"rerank=none"
+                f"makes {height} x {width} of {images.shape[-2]} x {images.shape[-1]}; choose another model or "
+                f"{self._use.otherwise}"
             )
         return pixels
 
@@ -175,7 +178,7 @@ class HFCLIPReranker:
         if len(ids) > self._n_positions:
             raise ValueError(
                 f"the prompt must have at most {self._n_positions} tokens to be scored by '{self._name}', it has "
-                f"{len(ids)}; shorten it or set rerank=none"
+                f"{len(ids)}; shorten it or {self._use.otherwise}"
             )
         if max(ids) >= self._vocab_size:
             raise ValueError(
