@@ -171,6 +171,14 @@ def read_checkpoint(path: str | Path, *, mapped: bool = False, average: bool = T
     return content
 
 
+def training_options(path: str | Path) -> dict[str, Any]:
+    """How a checkpoint's model was trained, by group, such as `optim`; nothing for exported checkpoints.
+
+    Raises: as `read_checkpoint`.
+    """
+    return dict(read_checkpoint(path, mapped=Path(path).is_file()).get(OPTIONS_KEY, {}))
+
+
 def weights_of(content: Mapping[str, Any], *, average: bool = True) -> dict[str, Tensor]:
     """The network's weights in what `read_checkpoint` gave, averages where there are such unless not wanted."""
     state = {

@@ -51,7 +51,8 @@ class Choice:
     """How the kept pictures of a prompt were chosen, in plain types."""
 
     sampled: int  # candidates that they were chosen from
-    keep: int | None
+    # How many, the best; of a list the best of the first so many candidates each.
+    keep: int | list[int] | None
     reranker: dict[str, Any] | None  # `Reranker.facts`
     paste_kept: bool  # see `ImagePrompt`
 
@@ -169,6 +170,16 @@ class SampleRun:
     def settings(self) -> dict[str, Any]:
         """Those of its last call."""
         return dict(self._manifest.get("settings", {}))
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """Of each prompt that its last call finished: `prompt`, `sampled`, and `pictures`, best first."""
+        return list(self._manifest.get("prompts", []))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its pictures were made by and chosen by, in plain types."""
+        return {name: self._manifest.get(name) for name in ("origin", "checkpoints", "reranker", "settings")}
 
     @property
     def is_complete(self) -> bool:
@@ -302,7 +313,7 @@ class SampleRun:
         grids = self._write_grids(prompts)
         self._manifest |= {
             "complete": complete,
-            "versions": _versions(),
+            "versions": versions(),
             "settings": settings,
             "reranker": reranker,
             "grids": grids,
@@ -368,6 +379,26 @@ class SampleRun:
             )
 
 
+class RunPart:
+    """The store of some of a run's prompts."""
+
+    def __init__(self, run: SampleRun, numbers: Sequence[int]) -> None:
+        """Of the prompts with these `numbers`, under the numbers from 0."""
+        self._run, self._numbers = run, numbers
+
+    def count(self, prompt: int) -> int:
+        """See `SampleRun`."""
+        return self._run.count(self._numbers[prompt])
+
+    def load(self, prompt: int) -> Int[Tensor, "n gh gw"] | None:
+        """See `SampleRun`."""
+        return self._run.load(self._numbers[prompt])
+
+    def save(self, prompt: int, image_tokens: Int[Tensor, "n gh gw"]) -> None:
+        """See `SampleRun`."""
+        self._run.save(self._numbers[prompt], image_tokens)
+
+
 def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"'{path}' is damaged ({error}); delete it, and its pictures are sampled again")
 
@@ -385,7 +416,8 @@ def new_directory(parent: str | Path, name: str) -> Path:
     return path
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What made something: versions of this program, of PyTorch and of Python."""
     try:
         own = metadata.version("dalle1")
     except metadata.PackageNotFoundError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from dalle1.checkpoint import Loaded, check_pair, load_image_tokenizer, load_transformer
@@ -28,7 +27,7 @@ from dalle1.pipeline import Pipeline, choose_device, choose_dtype
 from dalle1.preview import Preview
 from dalle1.rerank.choose import load_reranker
 from dalle1.rerank.reranker import Reranker
-from dalle1.results import Choice, SampleRun, WrittenRun
+from dalle1.results import Choice, RunPart, SampleRun, WrittenRun
 from dalle1.run_origin import RunOrigin
 from dalle1.sampling.filters import SamplingConfig
 from dalle1.sampling.image_prompt import ImagePrompt
@@ -104,7 +103,7 @@ class _Sampling:
             keep=cfg.keep,
             compiled=cfg.compile,
             batch_size=cfg.batch_size,
-            store=_Part(self._run, streamed),
+            store=RunPart(self._run, streamed),
             on_progress=self._on_progress,
             on_finished=self._on_finished,
             **what,
@@ -183,22 +182,6 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class _Part:
-    """The store of some of a run's prompts."""
-
-    def __init__(self, run: SampleRun, numbers: Sequence[int]) -> None:
-        self._run, self._numbers = run, numbers
-
-    def count(self, prompt: int) -> int:
-        return self._run.count(self._numbers[prompt])
-
-    def load(self, prompt: int) -> Tensor | None:
-        return self._run.load(self._numbers[prompt])
-
-    def save(self, prompt: int, image_tokens: Tensor) -> None:
-        self._run.save(self._numbers[prompt], image_tokens)
 
 
 def _rank_again(cfg: DictConfig) -> WrittenRun:

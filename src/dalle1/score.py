@@ -231,7 +231,7 @@ def _score(group: Sequence[_Captioned], pipeline: Pipeline, out: Path, *, batch_
     )
     for i, item in enumerate(group):
         # Of its captions, and last of none.
-        own = TokenNats(text=nats.text[i * n : (i + 1) * n], image=nats.image[i * n : (i + 1) * n])
+        own = nats[i * n : (i + 1) * n]
         scores = _rows(item, own, told_tokens(item.text_tokens, transformer.config.text_vocab_size).sum(1).tolist())
         seen = to_pictures(image_tokenizer.decode(image_tokens[i, None].to(pipeline.device)))[0]
         save_picture(_draw(scores, own.image, seen, transformer.config.image_vocab_size), out / f"{item.name}.png")

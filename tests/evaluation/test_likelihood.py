@@ -45,9 +45,14 @@ def test_nats_are_the_cross_entropy_of_the_logits(
         expected = F.cross_entropy(text_logits[row, :told], classes[row, :told], reduction="none")
         torch.testing.assert_close(nats.text[row, :told], expected)
         assert (nats.text[row, told:] == 0).all()
+        likeliest = text_logits[row].argmax(1) == classes[row]
+        assert nats.text_correct[row].tolist() == [*likeliest[:told].tolist(), *[False] * (40 - told)]
     expected = F.cross_entropy(image_logits.mT, image_tokens.flatten(1), reduction="none")
     torch.testing.assert_close(nats.image, expected.unflatten(1, (3, 4)))
+    assert torch.equal(nats.image_correct.flatten(1), image_logits.argmax(2) == image_tokens.flatten(1))
     assert (nats.text.dtype, nats.image.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(nats[1:3].image_correct, nats.image_correct[1:3])
+    assert torch.equal(nats[1:3].text, nats.text[1:3])
 
 
 def test_every_token_of_a_caption_that_fills_the_text_counts(

@@ -12,7 +12,7 @@ import pytest
 from hf_models import KINDS, save_model
 from PIL import Image
 
-from dalle1.rerank import hf_clip
+from dalle1.rerank import hf_files
 from dalle1.rerank.hf_clip import HFCLIPReranker
 
 
@@ -71,5 +71,5 @@ def across_then_down(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quiet_library() -> Iterator[None]:
     """What tests themselves call of the library says things of no interest."""
-    with hf_clip._quiet_transformers():
+    with hf_files.quiet_transformers():
         yield

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hf_models import edit_json, make_images, save_network, score, write_json
 
-from dalle1.rerank import hf_clip
+from dalle1.rerank import hf_files
 from dalle1.rerank.hf_clip import HFCLIPReranker
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -121,7 +121,7 @@ def test_what_is_broken_is_refused_in_one_sentence(
 ) -> None:
     breaks, kind, message = BROKEN[name]
     directory = copy("clip")
-    with hf_clip._quiet_transformers():
+    with hf_files.quiet_transformers():
         breaks(directory)
     with pytest.raises(kind, match=message) as caught:
         HFCLIPReranker.load(directory)
@@ -208,7 +208,7 @@ def test_nothing_is_downloaded_unless_allowed(
 ) -> None:
     if is_partly_there:
         (put_in_cache(tmp_path / "hub", models("clip")) / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"rerank.allow_download=true to download it, or rerank=none$"):
+    with pytest.raises(FileNotFoundError, match=r"rerank.allow_download=true to download it, or set rerank=none$"):
         HFCLIPReranker.load("someone/some-clip")
     message = r"could not be downloaded .* check its name and the network, or set rerank=none$"
     if is_partly_there:  # the hub's client then takes that

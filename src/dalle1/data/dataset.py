@@ -27,21 +27,22 @@ _MOST_LOGGED = 20  # lines for bad samples of one kind in one process; further o
 class BadSamples:
     """What is done about bad samples and damaged shards: they are errors, or are logged and passed over."""
 
-    def __init__(self, policy: OnBadSample) -> None:
-        """Follow `policy`."""
+    def __init__(self, policy: OnBadSample, *, option: str = "data.on_bad_sample") -> None:
+        """Follow `policy`, which users set with `option`."""
         self._policy = policy
+        self._option = option
         self._logged: dict[str, set[str]] = {}  # by kind
 
     def pass_over(self, error: BadSampleError) -> None:
         """Log a bad sample. Raises: BadSampleError with the way out, if those are errors."""
         if self._policy == "error":
-            raise BadSampleError(f"{error}; remove it, or set data.on_bad_sample=skip", error.kind) from error
+            raise BadSampleError(f"{error}; remove it, or set {self._option}=skip", error.kind) from error
         self._log(str(error), error.kind)
 
     def pass_over_damage(self, damage: Damage) -> None:
         """Log what is wrong with a shard. Raises: BadSampleError with the way out, if that is an error."""
         if self._policy == "error":
-            raise BadSampleError(f"{damage.message}, or set data.on_bad_sample=skip", damage.kind)
+            raise BadSampleError(f"{damage.message}, or set {self._option}=skip", damage.kind)
         self._log(damage.message, damage.kind)
 
     def _log(self, message: str, kind: str) -> None:

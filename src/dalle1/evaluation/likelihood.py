@@ -1,4 +1,4 @@
-"""How likely captions and pictures are to a transformer: the nats of every token."""
+"""How likely captions and pictures are to a transformer: the nats of every token, and whether it would guess it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,22 @@ from dalle1.models.transformer import DalleTransformer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenNats:
-    """Nats (-ln of the probability) of every token given all before it; float32, on the CPU."""
+    """Nats (-ln of the probability) of every token given all before it, float32, and which are likeliest; on the CPU.
+
+    A slice of rows is those of some of the captioned pictures."""
 
     text: Float[Tensor, "b t"]  # 0 where a token does not count: after the padding token that ends the caption
     image: Float[Tensor, "b gh gw"]
+    text_correct: Bool[Tensor, "b t"]  # whether the token is the likeliest of all; false where it does not count
+    image_correct: Bool[Tensor, "b gh gw"]
+
+    def __getitem__(self, rows: slice) -> TokenNats:
+        return TokenNats(
+            text=self.text[rows],
+            image=self.image[rows],
+            text_correct=self.text_correct[rows],
+            image_correct=self.image_correct[rows],
+        )
 
 
 @torch.inference_mode()
@@ -59,9 +71,14 @@ def token_nats(
         ]
     finally:
         transformer.train(was_training)
-    text_nats, image_nats = (torch.cat(nats) for nats in zip(*parts, strict=True))
+    text_nats, image_nats, text_correct, image_correct = (torch.cat(values) for values in zip(*parts, strict=True))
     is_told = told_tokens(text_tokens.cpu(), config.text_vocab_size)
-    return TokenNats(text=text_nats * is_told, image=image_nats.view(image_tokens.shape))
+    return TokenNats(
+        text=text_nats * is_told,
+        image=image_nats.view(image_tokens.shape),
+        text_correct=text_correct & is_told,
+        image_correct=image_correct.view(image_tokens.shape),
+    )
 
 
 def told_tokens(text_tokens: Int[Tensor, "b t"], text_vocab_size: int) -> Bool[Tensor, "b t"]:
@@ -72,8 +89,10 @@ def told_tokens(text_tokens: Int[Tensor, "b t"], text_vocab_size: int) -> Bool[T
 
 def _nats(
     transformer: DalleTransformer, text: Int[Tensor, "b t"], image: Int[Tensor, "b n"], batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """Nats of text tokens (b, t) and image tokens (b, n) of one batch, float32 on the CPU."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Nats, and whether it is the likeliest, of each text token (b, t) and image token (b, n) of one batch, on the CPU.
+
+    Nats of text, nats of the image, correct text, correct image."""
     device, rows = transformer.start.device, len(text)
     text, image = text.to(device), image.to(device)
     if device.type == "cuda":
@@ -85,4 +104,5 @@ def _nats(
         "image_weights": torch.ones(image.shape, device=device),
     }
     losses = transformer.losses(text, image, **weights)
-    return losses.text_nats[:rows].float().cpu(), losses.image_nats[:rows].float().cpu()
+    nats = (losses.text_nats[:rows].float().cpu(), losses.image_nats[:rows].float().cpu())
+    return *nats, losses.text_correct[:rows].cpu(), losses.image_correct[:rows].cpu()

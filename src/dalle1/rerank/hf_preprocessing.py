@@ -57,7 +57,7 @@ class Preprocessing:
 
 
 def read_preprocessing(directory: Path, model_type: str) -> Preprocessing:
-    """What the directory of a model (`clip` or `siglip`) says of its pictures.
+    """What the directory of a model (`clip`, `siglip` or `dinov2`) says of its pictures.
 
     Raises: FileNotFoundError if it says nothing; ValueError if it asks for what is not done here.
     """
@@ -98,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _from_config(config: Mapping[str, Any], model_type: str) -> Preprocessing:
     """Raises: ValueError whose text goes on a sentence that began with the file's name."""
     # What files leave out has the value of the library's classes; they differ in this one alone.
-    crops = config.get("do_center_crop", model_type == "clip")
+    crops = config.get("do_center_crop", model_type != "siglip")
     rescales, normalizes = config.get("do_rescale", True), config.get("do_normalize", True)
     if config.get("do_pad"):
         raise ValueError("must not pad pictures, it has do_pad=true")
