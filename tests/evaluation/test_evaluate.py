@@ -253,6 +253,8 @@ def test_interrupted_sampling_goes_on_and_gives_the_same(
     monkeypatch.setattr(SampleRun, "write", write)
     resumed = system(reference, "sample_dir=samples", out="b")
     assert resumed["numbers"] == whole["numbers"]
+    monkeypatch.setattr(SampleRun, "finish", None)  # what is done is not written again
+    assert system(reference, "sample_dir=samples", out="c")["numbers"] == whole["numbers"]
 
 
 def test_reference_pictures_are_left_out_as_well(

@@ -129,29 +129,32 @@ def sample_pictures(
     what: dict[str, Any] = {"seed": seed, "sampling": sampling, "negative_prompt": None, "image_prompt": None}
     origin = RunOrigin.of(pipeline, prompts, **what, dtype=dtype)
     place = directory or Path("runs/evaluations/samples") / origin.name
-    if ranks.is_first:
-        try:
-            SampleRun.open(place, origin, checkpoints=pipeline.checkpoints).begin()
-        except FileExistsError as error:
-            raise FileExistsError(f"sample_dir must be free, or hold these very samples: {error}") from error
-    ranks.wait()
-    run = SampleRun.open(place, origin, checkpoints=pipeline.checkpoints)
     reranker = dict(pipeline.reranker.facts) if pipeline.reranker else None
     choice = Choice(sampled=candidates, keep=counts, reranker=reranker, paste_kept=False)
-    missing = [i for i in ranks.share(len(prompts)) if not run.find_written(i, choice)]
-    if missing:
-        with ProgressBar() as bar:
-            results = pipeline.stream(
-                [prompts[i] for i in missing],
-                candidates=candidates,
-                dtype=dtype,
-                store=RunPart(run, missing),
-                on_progress=bar.sampled if ranks.is_first else None,
-                on_finished=bar.finished if ranks.is_first else None,
-                **what,
-            )
-            for number, result in zip(missing, results, strict=True):
-                run.write(number, best_of_prefixes(result, counts), choice)
+    try:
+        run = SampleRun.open(place, origin, checkpoints=pipeline.checkpoints)
+    except FileExistsError as error:
+        raise FileExistsError(f"sample_dir must be free, or hold these very samples: {error}") from error
+    is_done = run.is_complete and all(run.find_written(number, choice) for number in range(len(prompts)))
+    ranks.wait()  # until all have looked, before the first one writes
+    if is_done:
+        return open_samples(str(place))
+    if ranks.is_first:
+        run.begin()
+    ranks.wait()
+    missing = [number for number in ranks.share(len(prompts)) if not run.find_written(number, choice)]
+    with ProgressBar() as bar:
+        results = pipeline.stream(
+            [prompts[number] for number in missing or [0]],  # arguments are checked in any case
+            candidates=candidates,
+            dtype=dtype,
+            store=RunPart(run, missing or [0]),
+            on_progress=bar.sampled if ranks.is_first else None,
+            on_finished=bar.finished if ranks.is_first else None,
+            **what,
+        )
+        for number, result in zip(missing, results, strict=False):
+            run.write(number, best_of_prefixes(result, counts), choice)
     ranks.wait()
     if ranks.is_first:
         for number in range(len(prompts)):
