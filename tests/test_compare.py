@@ -252,6 +252,14 @@ def test_sorting(tmp_path: Path, call: Callable[..., str]) -> None:
     assert order("metric=val/text_accuracy", "sort=run") == "abc"
 
 
+def test_numbers_in_names_are_sorted_by_their_size(tmp_path: Path) -> None:
+    for name in ("run-10", "run-9", "a"):
+        make_run(tmp_path / name, summary={})
+    for sort in ("run", "best"):
+        rows = compare(read(tmp_path), sort=sort)["stages"][0]["runs"]
+        assert [row["run"] for row in rows] == ["a", "run-9", "run-10"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
