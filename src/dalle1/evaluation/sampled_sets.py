@@ -60,11 +60,16 @@ class SampledSet:
 def open_samples(place: str) -> SampledSet:
     """A directory of sample.py, or any folder, shards or table of pictures with captions.
 
-    Raises: ValueError if a run is not complete or has no pictures; OSError or ValueError as `open_pictures`.
+    Raises: ValueError if a run is not complete, or lies deeper in the folders; OSError or ValueError as
+        `open_pictures`.
     """
     directory = Path(place)
     if not (directory / MANIFEST_NAME).is_file():
         pictures = open_pictures([place])
+        # All pictures of a run would count, where the best of each prompt was meant.
+        for folder in {Path(sample.container, sample.key).parent for sample in pictures.samples}:
+            if (folder / MANIFEST_NAME).is_file():
+                raise ValueError(f"samples must be a directory of sample.py itself, got {place!r}; give '{folder}'")
         return SampledSet(best=pictures, facts=pictures.facts)
     run = SampleRun.reopen(directory)
     if not run.is_complete or len(run.entries) != len(run.origin.prompts):
@@ -125,7 +130,10 @@ def sample_pictures(
     origin = RunOrigin.of(pipeline, prompts, **what, dtype=dtype)
     place = directory or Path("runs/evaluations/samples") / origin.name
     if ranks.is_first:
-        SampleRun.open(place, origin, checkpoints=pipeline.checkpoints).begin()
+        try:
+            SampleRun.open(place, origin, checkpoints=pipeline.checkpoints).begin()
+        except FileExistsError as error:
+            raise FileExistsError(f"sample_dir must be free, or hold these very samples: {error}") from error
     ranks.wait()
     run = SampleRun.open(place, origin, checkpoints=pipeline.checkpoints)
     reranker = dict(pipeline.reranker.facts) if pipeline.reranker else None
