@@ -127,16 +127,17 @@ def test_mode_of_the_monitored_metric_is_that_of_the_run(tmp_path: Path) -> None
 
 def test_only_options_that_differ_are_shown_and_each_once(tmp_path: Path) -> None:
     for name, lr in (("a", 1e-3), ("b", 2e-3)):
-        # `data.lr` repeats optim.lr, `data.size` is an option of its own.
-        more = {"data": {"lr": lr, "size": lr * 2}, "name": name, "run_dir": f"/x/{name}", "logs": f"/x/{name}/logs"}
+        # `data.lr` repeats optim.lr; `data.size` and `data.window` are options of their own, whatever their values.
+        of_data = {"lr": lr, "size": lr * 2, "window": lr}
+        more = {"data": of_data, "name": name, "run_dir": f"/x/{name}", "logs": f"/x/{name}/logs"}
         make_run(tmp_path / name, config=options(optim__lr=lr, **more))
     make_run(tmp_path / "without-config")
     write_status(tmp_path / "without-config", status())
     (group,) = compare(read(tmp_path))["stages"]
-    assert group["options"] == ["optim.lr", "data.size"]
+    assert group["options"] == ["optim.lr", "data.size", "data.window"]
     text = format_comparison(compare(read(tmp_path)))
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
-    assert lines["a"][-2:] == ["0.001", "0.002"]
+    assert lines["a"][-3:] == ["0.001", "0.002", "0.001"]
     assert "optim.max_steps" not in text
 
 
@@ -250,6 +251,14 @@ def test_sorting(tmp_path: Path, call: Callable[..., str]) -> None:
     assert order("sort=optim.lr") == "bca"
     assert order("sort=wall_seconds") == "acb"
     assert order("metric=val/text_accuracy", "sort=run") == "abc"
+
+
+def test_numbers_in_names_are_sorted_by_their_size(tmp_path: Path) -> None:
+    for name in ("run-10", "run-9", "a"):
+        make_run(tmp_path / name, summary={})
+    for sort in ("run", "best"):
+        rows = compare(read(tmp_path), sort=sort)["stages"][0]["runs"]
+        assert [row["run"] for row in rows] == ["a", "run-9", "run-10"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -103,10 +104,11 @@ def _sort_key(row: Mapping[str, Any], metrics: Sequence[str], sort: str) -> tupl
         if value is not None and cell["more_is_better"]:
             value = -value
     else:
-        value = row[sort] if sort in SORTABLE else row["options"].get(sort)
+        value = 0 if sort == "run" else row[sort] if sort in SORTABLE else row["options"].get(sort)
     is_number = isinstance(value, int | float)
-    # Runs keep the order of their names where they are equal.
-    return (value is None, not is_number, value if is_number else 0, "" if is_number else str(value), row["run"])
+    # Where they are equal, by name, with numbers in it by their size.
+    name = [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", row["run"])]
+    return (value is None, not is_number, value if is_number else 0, "" if is_number else str(value), name)
 
 
 def format_comparison(comparison: Mapping[str, Any]) -> str:

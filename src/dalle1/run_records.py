@@ -32,7 +32,7 @@ _MORE_IS_BETTER = ("accuracy", "psnr_db", "ssim", "codes_used_share", "code_perp
 # Options that say where a run is, not what it is.
 _PLACES = ("name", "run_dir", "results_dir", "resume")
 # Groups that repeat options of others, as `${}` in the configuration has it.
-_REPEATING = ("callbacks.", "data.", "logger.", "filters.", "trainer.")
+_REPEATING = ("callbacks.", "data.", "logger.")
 # What is computed with of a status; `read_status` leaves the types to who wrote it.
 _STATUS_TYPES: dict[str, Any] = {
     "stage": str,
@@ -172,8 +172,9 @@ def read_run(directory: str, *, now: float) -> RunRecord:
 def differing_options(runs: Sequence[RunRecord]) -> list[str]:
     """Names of the options in which runs differ, of those that have a configuration.
 
-    Left out are those that say where a run is, and repetitions: options of groups such as `callbacks` and `data` whose
-    values are in all runs those of another option, as `${}` makes them.
+    Left out are those that say where a run is, and repetitions: options in `callbacks`, `data` and `logger` whose values
+    are in all runs those of another option that ends in their name, as `${}` makes them: data.seed repeats seed,
+    callbacks.ema.decay repeats optim.ema_decay.
     """
     known = [run.options for run in runs if run.options]
     names = list(dict.fromkeys(name for options in known for name in options))
@@ -183,8 +184,13 @@ def differing_options(runs: Sequence[RunRecord]) -> list[str]:
         if name not in _PLACES
     }
     differing = {name: column for name, column in columns.items() if len(set(column)) > 1}
-    own = {column for name, column in differing.items() if not name.startswith(_REPEATING)}
-    return [name for name, column in differing.items() if not (name.startswith(_REPEATING) and column in own)]
+    own = [(name, column) for name, column in differing.items() if not name.startswith(_REPEATING)]
+
+    def is_repeated(name: str, column: tuple[str, ...]) -> bool:
+        end = name.rpartition(".")[2]
+        return name.startswith(_REPEATING) and any(other.endswith(end) and column == same for other, same in own)
+
+    return [name for name, column in differing.items() if not is_repeated(name, column)]
 
 
 def _state(status: RunStatus | None, summary: Mapping[str, Any], now: float) -> str:

@@ -180,6 +180,8 @@ def test_system_samples_the_captions_and_measures_the_pictures(
         assert f"inception_score[{inception},n=21,blur={radius},splits=10]" in names
         assert f"clip_score[{clip},n=21,blur={radius}]" in names
     assert not any(name.startswith("inception_score[clip") or name.startswith("clip_score[inception") for name in names)
+    error = system(reference, "samples=sampl*", samples=True, out="again", code=1)["error"]
+    assert "samples must be a directory of sample.py itself, got 'sampl*'; give 'samples'" in error
     # The same pictures as a directory, and as a folder that somebody else wrote.
     again = system(reference, "samples=samples", "blur=0,1", "seed=3", samples=True, out="again")
     assert again["numbers"] == content["numbers"]
@@ -251,6 +253,8 @@ def test_interrupted_sampling_goes_on_and_gives_the_same(
     monkeypatch.setattr(SampleRun, "write", write)
     resumed = system(reference, "sample_dir=samples", out="b")
     assert resumed["numbers"] == whole["numbers"]
+    monkeypatch.setattr(SampleRun, "finish", None)  # what is done is not written again
+    assert system(reference, "sample_dir=samples", out="c")["numbers"] == whole["numbers"]
 
 
 def test_reference_pictures_are_left_out_as_well(
@@ -321,6 +325,7 @@ def test_captions_are_drawn_once_each_and_by_seed() -> None:
         (("{pictures}", "extractor=inception:hf://a/b/c.pt", "--allow_download"), "could not be downloaded"),
         (("{pictures}", "guidance_scale=2"), "guidance needs a transformer trained with optim.caption_dropout"),
         (("{pictures}", "temperature=-1"), "temperature"),
+        (("{pictures}", "sample_dir={pictures}"), "sample_dir must be free, or hold these very samples"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_said_in_one_line(

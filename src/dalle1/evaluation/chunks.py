@@ -36,7 +36,6 @@ class Chunks:
     """A computation that is done, on the disk."""
 
     directory: Path
-    recipe: Mapping[str, Any]
     n: int  # pictures
     chunk_size: int
 
@@ -105,7 +104,7 @@ def compute_chunks(
                 save_file(content, temporary)
             bar.update(len(part))
     ranks.wait()
-    return Chunks(directory=directory, recipe=whole, n=n, chunk_size=chunk_size)
+    return Chunks(directory=directory, n=n, chunk_size=chunk_size)
 
 
 def chunk_path(directory: Path, number: int) -> Path:

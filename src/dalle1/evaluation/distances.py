@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
+from tqdm import tqdm
 
 from dalle1.data.fields import require_int
 
@@ -167,12 +169,12 @@ def precision_recall(
 
 def _squared_radii(features: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:
     """Squared distance of each picture to its k-th nearest other one."""
-    radii = []
-    for first in range(0, len(features), _ROWS_AT_ONCE):
-        rows = features[first : first + _ROWS_AT_ONCE]
+    radii, first = [], 0
+    for rows in _blocks(features):
         distances = _squared_distances(rows, features)
         distances[torch.arange(len(rows)), first + torch.arange(len(rows))] = math.inf  # itself
         radii.append(distances.kthvalue(k, dim=1).values)
+        first += len(rows)
     return torch.cat(radii)
 
 
@@ -180,8 +182,13 @@ def _within(
     features: Float[Tensor, "n d"], centers: Float[Tensor, "m d"], squared_radii: Float[Tensor, " m"]
 ) -> Bool[Tensor, " n"]:
     """Which pictures lie in the ball around any of the centers."""
-    parts = torch.split(features, _ROWS_AT_ONCE)
-    return torch.cat([(_squared_distances(rows, centers) <= squared_radii).any(1) for rows in parts])
+    return torch.cat([(_squared_distances(rows, centers) <= squared_radii).any(1) for rows in _blocks(features)])
+
+
+def _blocks(features: Float[Tensor, "n d"]) -> Iterator[Float[Tensor, "b d"]]:
+    """Some rows after the others, with a bar where that takes long: 30,000 pictures of each side take minutes."""
+    blocks = torch.split(features, _ROWS_AT_ONCE)
+    yield from tqdm(blocks, desc="nearest neighbours", unit=" blocks", delay=2.0, disable=None)
 
 
 def _squared_distances(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:

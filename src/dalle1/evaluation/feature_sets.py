@@ -66,8 +66,9 @@ class Numbers:
     notes: list[str]
 
     def __or__(self, other: Numbers) -> Numbers:
-        """Both."""
-        return Numbers(values=self.values | other.values, notes=[*self.notes, *other.notes])
+        """Both; the same note once."""
+        notes = list(dict.fromkeys([*self.notes, *other.notes]))
+        return Numbers(values=self.values | other.values, notes=notes)
 
 
 def extract(
@@ -155,8 +156,8 @@ def compare(
         notes.append(f"precision and recall need more than {NEAREST} pictures of each side, got {counts}: left out")
     if min(len(of_reference), len(samples)) <= reference.n_features:
         notes.append(
-            f"{prefix}fid[{what}]: a side has no more pictures than the {reference.n_features} features: it is "
-            "far too high, compare it with numbers of equal counts alone"
+            f"{prefix}fid of {reference.extractor}, {counts}: a side has no more pictures than the "
+            f"{reference.n_features} features, so it is far too high; compare it with equal counts alone"
         )
     return Numbers(values=values, notes=notes)
 

@@ -60,11 +60,16 @@ class SampledSet:
 def open_samples(place: str) -> SampledSet:
     """A directory of sample.py, or any folder, shards or table of pictures with captions.
 
-    Raises: ValueError if a run is not complete or has no pictures; OSError or ValueError as `open_pictures`.
+    Raises: ValueError if a run is not complete, or lies deeper in the folders; OSError or ValueError as
+        `open_pictures`.
     """
     directory = Path(place)
     if not (directory / MANIFEST_NAME).is_file():
         pictures = open_pictures([place])
+        # All pictures of a run would count, where the best of each prompt was meant.
+        for folder in {Path(sample.container, sample.key).parent for sample in pictures.samples}:
+            if (folder / MANIFEST_NAME).is_file():
+                raise ValueError(f"samples must be a directory of sample.py itself, got {place!r}; give '{folder}'")
         return SampledSet(best=pictures, facts=pictures.facts)
     run = SampleRun.reopen(directory)
     if not run.is_complete or len(run.entries) != len(run.origin.prompts):
@@ -124,26 +129,32 @@ def sample_pictures(
     what: dict[str, Any] = {"seed": seed, "sampling": sampling, "negative_prompt": None, "image_prompt": None}
     origin = RunOrigin.of(pipeline, prompts, **what, dtype=dtype)
     place = directory or Path("runs/evaluations/samples") / origin.name
-    if ranks.is_first:
-        SampleRun.open(place, origin, checkpoints=pipeline.checkpoints).begin()
-    ranks.wait()
-    run = SampleRun.open(place, origin, checkpoints=pipeline.checkpoints)
     reranker = dict(pipeline.reranker.facts) if pipeline.reranker else None
     choice = Choice(sampled=candidates, keep=counts, reranker=reranker, paste_kept=False)
-    missing = [i for i in ranks.share(len(prompts)) if not run.find_written(i, choice)]
-    if missing:
-        with ProgressBar() as bar:
-            results = pipeline.stream(
-                [prompts[i] for i in missing],
-                candidates=candidates,
-                dtype=dtype,
-                store=RunPart(run, missing),
-                on_progress=bar.sampled if ranks.is_first else None,
-                on_finished=bar.finished if ranks.is_first else None,
-                **what,
-            )
-            for number, result in zip(missing, results, strict=True):
-                run.write(number, best_of_prefixes(result, counts), choice)
+    try:
+        run = SampleRun.open(place, origin, checkpoints=pipeline.checkpoints)
+    except FileExistsError as error:
+        raise FileExistsError(f"sample_dir must be free, or hold these very samples: {error}") from error
+    is_done = run.is_complete and all(run.find_written(number, choice) for number in range(len(prompts)))
+    ranks.wait()  # until all have looked, before the first one writes
+    if is_done:
+        return open_samples(str(place))
+    if ranks.is_first:
+        run.begin()
+    ranks.wait()
+    missing = [number for number in ranks.share(len(prompts)) if not run.find_written(number, choice)]
+    with ProgressBar() as bar:
+        results = pipeline.stream(
+            [prompts[number] for number in missing or [0]],  # arguments are checked in any case
+            candidates=candidates,
+            dtype=dtype,
+            store=RunPart(run, missing or [0]),
+            on_progress=bar.sampled if ranks.is_first else None,
+            on_finished=bar.finished if ranks.is_first else None,
+            **what,
+        )
+        for number, result in zip(missing, results, strict=False):
+            run.write(number, best_of_prefixes(result, counts), choice)
     ranks.wait()
     if ranks.is_first:
         for number in range(len(prompts)):
