@@ -172,9 +172,9 @@ def read_run(directory: str, *, now: float) -> RunRecord:
 def differing_options(runs: Sequence[RunRecord]) -> list[str]:
     """Names of the options in which runs differ, of those that have a configuration.
 
-    Left out are those that say where a run is, and repetitions: options in `callbacks`, `data` and `logger` whose values
-    are in all runs those of another option that ends in their name, as `${}` makes them: data.seed repeats seed,
-    callbacks.ema.decay repeats optim.ema_decay.
+    Left out are those that say where a run is, and repetitions: options in `callbacks`, `data` and `logger` whose
+    values are in all runs those of another option that ends in their name, as `${}` makes them: data.seed repeats
+    seed, callbacks.ema.decay repeats optim.ema_decay.
     """
     known = [run.options for run in runs if run.options]
     names = list(dict.fromkeys(name for options in known for name in options))
