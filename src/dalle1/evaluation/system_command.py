@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, write and print. Raises: ValueError, TypeError or OSError with one sentence for what cannot be done."""
-    radii = [_number("blur", part, float) for part in options.blur.split(",")]
+    radii = [Treatment(blur=_number("blur", part, float)).blur for part in options.blur.split(",")]
     best_of = [] if options.best_of is None else [_number("best_of", part, int) for part in options.best_of.split(",")]
     out = choose_out(options)
     reference = open_pictures(options.reference)
@@ -92,13 +92,14 @@ def run(options: argparse.Namespace) -> None:
     with joined_ranks() as ranks:
         device = ranks.choose_device(options.device)
         samples = _samples(options, reference, best_of, device, ranks)
+        chosen = {n: samples.best_of(n) for n in best_of}
         treatment = Treatment(size=_size(options, samples.best))
         for extractor in extractors:
             extractor.to(device)
         measured = _Measured(extractors, treatment, reference, cache=options.cache, ranks=ranks, seed=options.seed)
         # All processes come by here; only the first one computes what follows.
         whole = [measured.prepare(samples.best, radius) for radius in radii]
-        curve = {n: measured.prepare(samples.best_of(n), 0.0, tag=f"best_of={n}") for n in best_of}
+        curve = {n: measured.prepare(best, 0.0, tag=f"best_of={n}") for n, best in chosen.items()}
         if not ranks.is_first:
             return
         numbers = Numbers(values={}, notes=[])
