@@ -64,7 +64,7 @@ def render_gallery(manifest: Mapping[str, Any], open_picture: Callable[[str], Im
         origin=_origin(open_picture) if manifest.get("has_image_prompt") else [],
         sampled=sum(entry["sampled"] for entry in prompts),
         prompts=prompts,
-        cards=[picture | _embed(open_picture(picture["file"])) for picture in pictures],
+        cards=[picture | embed_picture(open_picture(picture["file"])) for picture in pictures],
         orders=_orders(has_scores=any(p["score"] is not None for p in pictures), has_prompts=len(prompts) > 1),
         data={
             "run": run,
@@ -77,7 +77,7 @@ def render_gallery(manifest: Mapping[str, Any], open_picture: Callable[[str], Im
 def _origin(open_picture: Callable[[str], Image.Image]) -> list[tuple[dict[str, Any], str]]:
     """What pictures of an image prompt were sampled from, and its captions."""
     names = {"image.png": "sampled from this picture", "mask.png": "white was sampled again"}
-    return [(_embed(open_picture(name)), caption) for name, caption in names.items()]
+    return [(embed_picture(open_picture(name)), caption) for name, caption in names.items()]
 
 
 def sampling_command(prompt: str, settings: Mapping[str, Any]) -> str | None:
@@ -129,8 +129,8 @@ def _orders(*, has_scores: bool, has_prompts: bool) -> list[tuple[str, str]]:
     return [best] * has_scores + [prompt] * has_prompts + [("candidate", "By candidate")]
 
 
-def _embed(picture: Image.Image) -> dict[str, Any]:
-    """A picture as a WebP data URI, with its size."""
+def embed_picture(picture: Image.Image) -> dict[str, Any]:
+    """A picture for a page: `uri` with WebP data, `width`, `height`, and `is_small` for hard pixels."""
     is_small = max(picture.size) <= _SMALL_SIDE
     content = _webp(picture, lossless=is_small)
     if is_small and len(content) > _MOST_EXACT_BYTES:

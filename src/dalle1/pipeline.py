@@ -213,11 +213,7 @@ class Pipeline:
     def _sampler(
         self, sampling: SamplingConfig, negative_prompt: str | None, dtype: torch.dtype | None, compiled: bool
     ) -> Sampler:
-        if sampling.guidance_scale != 1 and not self.transformer.caption_dropout:
-            raise ValueError(
-                "guidance needs a transformer trained with optim.caption_dropout > 0, this one was not; "
-                f"set guidance_scale=1, got {sampling.guidance_scale}"
-            )
+        self.check_guidance(sampling.guidance_scale)
         if compiled and self.device.type != "cuda":
             raise ValueError(f"compiled decoding is for CUDA, got device {self.device}; leave out compile")
         negative = None
@@ -225,6 +221,14 @@ class Pipeline:
             texts = self.check_prompts([negative_prompt], name="negative_prompt")
             negative = self._text_tokenizer.encode(texts).to(self.device)
         return Sampler(self.transformer.model, sampling, negative=negative, dtype=dtype, compiled=compiled)
+
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Raise ValueError for guidance that the transformer was not trained for."""
+        if guidance_scale != 1 and not self.transformer.caption_dropout:
+            raise ValueError(
+                "guidance needs a transformer trained with optim.caption_dropout > 0, this one was not; "
+                f"set guidance_scale=1, got {guidance_scale}"
+            )
 
     @property
     def device(self) -> torch.device:
