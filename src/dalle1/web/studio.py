@@ -6,13 +6,13 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 
 from dalle1.data.fields import require_bool, require_int
-from dalle1.decode_and_rank import PromptResult
 from dalle1.evaluation.pictures import to_pictures
 from dalle1.gallery import embed_picture
 from dalle1.pipeline import Pipeline
@@ -62,6 +62,18 @@ class Studio:
 
         Raises: CancelledError as soon as nobody waits for the job; ValueError or OSError for what goes wrong.
         """
+        directory = self._kept.new_directory()
+        try:
+            self._write(directory, asked, upload, job)
+        except BaseException as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            if isinstance(error, torch.OutOfMemoryError):
+                sentence = "the device's memory is not enough for this request; ask for fewer candidates"
+                raise ValueError(sentence) from error
+            raise
+        job.tell("done", describe_result(*self._kept.add_result(directory)))
+
+    def _write(self, directory: Path, asked: Asked, upload: Upload | None, job: Job) -> None:
         pipeline = self._pipeline
         image_prompt = None if upload is None else self._image_prompt(asked, upload)
         decides: dict[str, Any] = {
@@ -71,24 +83,25 @@ class Studio:
             "image_prompt": image_prompt,
             "dtype": self._decoding.dtype,
         }
-        told = _Told(pipeline, job, image_prompt, self._decoding.preview_share)
-        try:
-            (result,) = pipeline.stream(
-                [asked.prompt],
-                candidates=asked.candidates,
-                keep=asked.keep,
-                batch_size=self._decoding.batch_size,
-                compiled=self._decoding.compiled,
-                on_progress=told.sampled,
-                on_finished=told.finished,
-                **decides,
-            )
-        except torch.OutOfMemoryError as error:
-            raise ValueError("the device's memory is not enough for this request; ask for fewer candidates") from error
-        job.check()
         origin = RunOrigin.of(pipeline, [asked.prompt], **decides)
-        name, written = self._write(result, origin, asked, image_prompt)
-        job.tell("done", describe_result(name, written))
+        run = SampleRun.open(directory, origin, checkpoints=pipeline.checkpoints, image_prompt=image_prompt)
+        told = _Told(pipeline, job, image_prompt, self._decoding.preview_share)
+        (result,) = pipeline.stream(
+            [asked.prompt],
+            candidates=asked.candidates,
+            keep=asked.keep,
+            batch_size=self._decoding.batch_size,
+            compiled=self._decoding.compiled,
+            store=run,
+            on_progress=told.sampled,
+            on_finished=told.finished,
+            **decides,
+        )
+        job.check()
+        facts = dict(pipeline.reranker.facts) if pipeline.reranker else None
+        choice = Choice(sampled=result.sampled, keep=asked.keep, reranker=facts, paste_kept=asked.paste_kept)
+        run.write(0, result, choice)
+        run.finish(settings=self._settings | asked.settings, reranker=facts, complete=True)
 
     def _image_prompt(self, asked: Asked, upload: Upload) -> ImagePrompt:
         assert asked.again is not None, "it comes with a picture"
@@ -96,22 +109,6 @@ class Studio:
         return self._pipeline.image_prompt(
             upload.picture, mask=mask, paste_kept=asked.paste_kept, sampled=upload.sampled
         )
-
-    def _write(
-        self, result: PromptResult, origin: RunOrigin, asked: Asked, image_prompt: ImagePrompt | None
-    ) -> tuple[str, Result]:
-        reranker = self._pipeline.reranker
-        facts = dict(reranker.facts) if reranker else None
-        directory = self._kept.new_directory()
-        try:
-            run = SampleRun.open(directory, origin, checkpoints=self._pipeline.checkpoints, image_prompt=image_prompt)
-            choice = Choice(sampled=result.sampled, keep=asked.keep, reranker=facts, paste_kept=asked.paste_kept)
-            run.write(0, result, choice)
-            run.finish(settings=self._settings | asked.settings, reranker=facts, complete=True)
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-        return self._kept.add_result(directory)
 
 
 class _Told:
