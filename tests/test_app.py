@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -245,11 +246,23 @@ def test_what_is_no_request_is_told(client: httpx.Client, body: bytes) -> None:
 def test_bodies_are_read_up_to_a_limit(pipeline: Pipeline, tmp_path: Path) -> None:
     limits = Limits(upload_megabytes=0.001)
     with serving(pipeline, tmp_path, limits=limits) as address, httpx.Client(base_url=address) as client:
-        assert _error(client.post("/requests", content=b" " * 1_000_001), 413) == "a request must have at most 1 MB"
+        assert _error(client.post("/requests", content=b" " * 200_001), 413) == "a request must have at most 0.2 MB"
         sentence = "a picture's file must have at most 0.001 MB"
         assert _error(client.post("/pictures", content=b"x" * 1001), 413) == sentence
         # Without a length that is said before.
         assert _error(client.post("/pictures", content=(b"x" * 100 for _ in range(11))), 413) == sentence
+
+
+def test_body_that_does_not_come_is_not_waited_for(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dalle1.web.server._READING_SECONDS", 0.1)
+    host = str(client.base_url.host)
+    with socket.create_connection((host, client.base_url.port or 80)) as connection:
+        connection.sendall(f"POST /pictures HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n\r\n".encode())
+        answer = b""
+        while b"}" not in answer:
+            answer += connection.recv(10_000)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"what is sent must arrive within 0.1 seconds" in answer
 
 
 @pytest.mark.parametrize(

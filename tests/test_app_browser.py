@@ -99,6 +99,8 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 def _sample(page: Any, prompt: str, candidates: int = 2) -> None:
     page.get_by_label("Prompt", exact=True).fill(prompt)
+    if not page.get_by_label("Candidates").is_visible():  # in a narrow window
+        page.get_by_text("Settings", exact=True).click()
     page.get_by_label("Candidates").fill(str(candidates))
     page.get_by_role("button", name="Sample", exact=True).click()
     expect(page.get_by_role("status")).to_have_text(f"Done: {candidates} picture{'s' * (candidates > 1)}")
@@ -355,7 +357,7 @@ def test_nothing_is_wider_than_the_window(open_page: Callable[..., Any], width: 
     page.get_by_role("button", name="Go on from picture 1").click()
     expect(page.locator("#cells")).to_be_focused()
     assert page.evaluate(overflow) <= 0
-    small = page.locator("button:visible, a.button:visible, input:visible:not([type=checkbox])").evaluate_all(
+    small = page.locator("summary, button:visible, a.button:visible, input:visible:not([type=checkbox])").evaluate_all(
         "all => all.filter((each) => each.getBoundingClientRect().height < 24).map((each) => each.outerHTML)"
     )
     assert small == [], "too small for a finger"

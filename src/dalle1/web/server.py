@@ -40,7 +40,9 @@ from dalle1.web.jobs import ENDS, Job, JobQueue, QueueFullError
 from dalle1.web.kept import Kept, Result, read_upload
 from dalle1.web.studio import Studio, describe_result
 
-_MOST_REQUEST_BYTES = 1_000_000  # of JSON: a prompt, some numbers, and a mask of up to 500 x 500 cells
+_MOST_REQUEST_BYTES = 200_000  # of JSON: a prompt, some numbers, and a mask of up to 300 x 300 cells
+_MOST_UPLOADS = 4  # at once; each takes the memory of its file, and who sends slowly holds a place
+_READING_SECONDS = 60  # for a body to arrive
 _UNKNOWN = "there is nothing at this address; the page itself is at /"
 
 
@@ -58,8 +60,8 @@ class Server:
         cell = pipeline.image_tokenizer.dvae.config.downsampling
         self._grid = config.grid_height, config.grid_width
         self._size = self._grid[0] * cell, self._grid[1] * cell
-        # Decoding takes memory, so one picture at a time.
-        self._reading = asyncio.Lock()
+        self._uploading = asyncio.Semaphore(_MOST_UPLOADS)
+        self._decoding = asyncio.Lock()  # a decoded picture takes much more memory than its file
 
     async def facts(self) -> dict[str, Any]:
         """Of the model and the page."""
@@ -76,11 +78,12 @@ class Server:
     async def upload(self, request: Request) -> dict[str, Any]:
         """Keep the picture that a request's body is."""
         most = int(self._limits.upload_megabytes * 1e6)
-        data = await _read_body(request, most, f"a picture's file must have at most {most / 1e6:g} MB")
-        async with self._reading:
-            upload = await run_in_threadpool(
-                read_upload, data, size=self._size, max_megapixels=self._limits.upload_megapixels
-            )
+        async with self._uploading:
+            data = await _read_body(request, most, f"a picture's file must have at most {most / 1e6:g} MB")
+            async with self._decoding:
+                upload = await run_in_threadpool(
+                    read_upload, data, size=self._size, max_megapixels=self._limits.upload_megapixels
+                )
         prompt = upload.sampled.prompt if upload.sampled else None
         return {"picture": self._kept.add_upload(upload), "prompt": prompt, **embed_picture(upload.picture)}
 
@@ -88,7 +91,7 @@ class Server:
         """Let a request wait for its turn; its answer tells all that becomes of it."""
         most = f"a request must have at most {_MOST_REQUEST_BYTES / 1e6:g} MB"
         body = await _read_body(request, _MOST_REQUEST_BYTES, most)
-        asked = read_asked(body, pipeline=self._pipeline, limits=self._limits)
+        asked = await run_in_threadpool(read_asked, body, pipeline=self._pipeline, limits=self._limits)
         upload = None
         if asked.picture is not None:
             upload = self._kept.upload(asked.picture)
@@ -206,13 +209,17 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 async def _read_body(request: Request, most: int, sentence: str) -> bytes:
-    """The whole body; not one of more than `most` bytes, which is not waited for."""
+    """The whole body; one of more than `most` bytes, and one that does not come, are not waited for."""
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise HTTPException(413, sentence)
-        parts.append(part)
+    try:
+        async with asyncio.timeout(_READING_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise HTTPException(413, sentence)
+                parts.append(part)
+    except TimeoutError as error:
+        raise HTTPException(408, f"what is sent must arrive within {_READING_SECONDS} seconds; try again") from error
     return b"".join(parts)
 
 
