@@ -34,7 +34,7 @@ demo: $(STAMP)  ## the whole pipeline on the generated data, ending in pictures 
 test: $(STAMP) lint types  ## lint, types and tests, a file on each core
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
-test-browser: $(STAMP)  ## the gallery page in a real browser; needs a Chromium (apt install chromium)
+test-browser: $(STAMP)  ## the gallery and the web page in a real browser; needs a Chromium (apt install chromium)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
 	$(BIN)/pytest -m browser
 

@@ -33,6 +33,7 @@ from dalle1.evaluation.pictures import to_uint8
 from dalle1.models.transformer import DalleTransformer
 from dalle1.pipeline import Pipeline
 from dalle1.rerank.own_clip import CLIPReranker
+from dalle1.sample import run as run_sample
 from dalle1.sampling.filters import SamplingConfig
 from dalle1.web.asked import Limits
 from dalle1.web.jobs import Job, JobQueue, QueueFullError
@@ -167,7 +168,9 @@ def test_what_stays_of_a_picture_is_seen_from_the_first_row_on(client: httpx.Cli
         assert is_grey.tolist() == np.array(MASK, dtype=bool).tolist()
 
 
-def test_zip_is_what_sample_py_writes(client: httpx.Client, tmp_path: Path) -> None:
+def test_zip_is_what_sample_py_writes(
+    client: httpx.Client, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = sample(client, prompt="a red circle", candidates=2, seed=3)
     answer = client.get(f"/results/{result['result']}.zip")
     assert answer.headers["content-disposition"] == 'attachment; filename="a-red-circle.zip"'
@@ -179,6 +182,15 @@ def test_zip_is_what_sample_py_writes(client: httpx.Client, tmp_path: Path) -> N
             assert archive.read(f"a-red-circle/{each['file']}") == shown
     pictures = {each["file"] for each in result["pictures"]}
     assert names == {"manifest.json", "grid.png", "index.html", "tokens/0001.npy", "tokens/0001.json"} | pictures
+    monkeypatch.chdir(run_directory)
+    options = ["prompt=a red circle", "candidates=2", "seed=3", "temperature=1.0", f"out={tmp_path / 'same'}"]
+    run_sample(_configuration(*options, of="sample"))
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        for name in (*pictures, "grid.png", "tokens/0001.npy", "tokens/0001.json"):
+            assert archive.read(f"a-red-circle/{name}") == (tmp_path / "same" / name).read_bytes(), name
+    same = json.loads((tmp_path / "same" / "manifest.json").read_text(encoding="utf-8"))
+    for part in ("format_version", "origin", "checkpoints", "reranker", "prompts", "versions"):
+        assert manifest[part] == same[part]
     assert manifest["prompts"][0]["pictures"] == result["pictures"]
     assert manifest["settings"] == result["settings"]
     assert (manifest["settings"]["seed"], manifest["settings"]["name"], manifest["complete"]) == (3, "tiny", True)
@@ -527,9 +539,9 @@ def _tokens(directory: Path) -> torch.Tensor:
 # --- the command ---
 
 
-def _configuration(*options: str) -> Any:
+def _configuration(*options: str, of: str = "app") -> Any:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("app", list(options))
+        return compose(of, list(options))
 
 
 def test_configuration_states_the_limits_that_hold_without_it() -> None:
