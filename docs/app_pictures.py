@@ -52,9 +52,9 @@ def main() -> None:
             [rows, cols],
         )
         _sample(page, PROMPT.replace("red star", "green circle"), 10)
+        page.set_viewport_size({"width": 1280, "height": 1130})
         page.locator("#cells").focus()
-        page.locator("#cells").scroll_into_view_if_needed()
-        page.evaluate("scrollTo(0, document.getElementById('from').offsetTop - 20)")
+        page.evaluate("scrollTo(0, 0)")
         _save(page, "app-mask.webp")
 
         phone = browser.new_page(

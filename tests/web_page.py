@@ -45,7 +45,6 @@ def serving(
     studio = Studio(pipeline, kept, decoding, {"name": "tiny"})
     app = make_app(Server(studio, pipeline, kept, limits=limits, start=START), names=["my-box"])
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
     listener = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
