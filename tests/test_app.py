@@ -576,6 +576,25 @@ def test_wrong_option_is_told_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("compile=true", "compiled decoding is for CUDA, got device cpu"),
+        ("compile=1", "compile must be true or false, got 1"),
+        ("batch_size=0", "batch_size must be >= 1, got 0"),
+        ("guidance_scale=2", "guidance needs a transformer trained with"),
+        ("precision=fp8", "precision must be one of"),
+        ("preview_share=2", "preview_share must be in [0, 1], got 2"),
+    ],
+)
+def test_option_that_the_models_cannot_serve_is_told_at_once(
+    option: str, sentence: str, run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_directory)
+    with pytest.raises((ValueError, TypeError), match=re.escape(sentence)):
+        app.serve(_configuration("port=0", "device=cpu", option))
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, "all", True])
 def test_share_of_previews_is_a_share(share: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=r"preview_share must be .* \[0, 1\]"):
@@ -616,7 +635,7 @@ def test_command_serves_until_it_is_ended_and_leaves_nothing(run_directory: Path
     (tmp_path / "tmp").mkdir()
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     environment["TMPDIR"] = str(tmp_path / "tmp")
-    options = ["port=0", 'prompt=it\'s "a", (b) = ${x}', "limits.candidates=100000"]
+    options = ["port=0", "precision=bf16", "batch_size=3", 'prompt=it\'s "a", (b) = ${x}', "limits.candidates=100000"]
     with subprocess.Popen(
         [sys.executable, "-m", "dalle1.app", *options],
         cwd=tmp_path,
@@ -636,6 +655,10 @@ def test_command_serves_until_it_is_ended_and_leaves_nothing(run_directory: Path
             assert start["prompt"] == 'it\'s "a", (b) = ${x}'
             result = sample(client, prompt="a", candidates=1)
             assert result["settings"]["transformer"] == "runs/shapes/transformer/checkpoints/last.ckpt"
+            assert result["settings"]["batch_size"] == 3
+            archive = io.BytesIO(client.get(f"/results/{result['result']}.zip").content)
+            with zipfile.ZipFile(archive) as files:
+                assert json.loads(files.read("a/manifest.json"))["origin"]["dtype"] == "bfloat16"
             with client.stream("POST", "/requests", json=ASK | {"candidates": 100_000}) as response:
                 events = read_events(response)
                 assert any(kind == "progress" for kind, _ in events)

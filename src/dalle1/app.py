@@ -61,6 +61,7 @@ def serve(cfg: DictConfig) -> None:
             compiled=cfg.compile,
             preview_share=cfg.preview_share,
         )
+        pipeline.check_compiled(cfg.compile)
         kept = Kept(Path(directory), limits.results)
         settings = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(settings, dict), "it is one in the file"

@@ -214,8 +214,7 @@ class Pipeline:
         self, sampling: SamplingConfig, negative_prompt: str | None, dtype: torch.dtype | None, compiled: bool
     ) -> Sampler:
         self.check_guidance(sampling.guidance_scale)
-        if compiled and self.device.type != "cuda":
-            raise ValueError(f"compiled decoding is for CUDA, got device {self.device}; leave out compile")
+        self.check_compiled(compiled)
         negative = None
         if negative_prompt is not None:
             texts = self.check_prompts([negative_prompt], name="negative_prompt")
@@ -229,6 +228,11 @@ class Pipeline:
                 "guidance needs a transformer trained with optim.caption_dropout > 0, this one was not; "
                 f"set guidance_scale=1, got {guidance_scale}"
             )
+
+    def check_compiled(self, compiled: bool) -> None:
+        """Raise ValueError for compiled decoding elsewhere than on CUDA."""
+        if compiled and self.device.type != "cuda":
+            raise ValueError(f"compiled decoding is for CUDA, got device {self.device}; leave out compile")
 
     @property
     def device(self) -> torch.device:
