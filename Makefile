@@ -11,7 +11,7 @@ PEER := --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6 axial
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-browser test-slow bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-data bench-communication scaling-law soak-data soak-training sampling-curves bench-gpu bench-memory lint types clean
+.PHONY: help setup demo test test-browser test-slow bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-data bench-communication scaling-law soak-data soak-training sampling-curves bench-gpu bench-memory docs docs-serve lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-22s %s\n", $$1, $$2}'
@@ -34,7 +34,7 @@ demo: $(STAMP)  ## the whole pipeline on the generated data, ending in pictures 
 test: $(STAMP) lint types  ## lint, types and tests, a file on each core
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
-test-browser: $(STAMP)  ## the gallery page in a real browser; needs a Chromium (apt install chromium)
+test-browser: $(STAMP)  ## all pages in a real browser; needs a Chromium (apt install chromium)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
 	$(BIN)/pytest -m browser
 
@@ -86,7 +86,6 @@ bench-gpu: $(STAMP)  ## sampling and training steps of the transformer on one CU
 bench-memory: $(STAMP)  ## memory of each device with DDP and with FSDP beside what plan says, 6 minutes, 9 GB
 	$(BIN)/python benchmarks/memory.py $(BENCH)
 
-.PHONY: docs docs-serve
 docs: $(STAMP)  ## the documentation as a site in site/; a warning or a link that leads nowhere is an error
 	$(BIN)/python tools/configuration_reference.py
 	$(BIN)/mkdocs build

@@ -16,13 +16,13 @@ def sample(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Run `sample` with what the command line asks for."""
-    paths = ("prompts_file", "image", "mask", "name", "transformer", "dvae", "rerank.model", "rerank.only", "out")
+    models = ("name", "results_dir", "transformer", "dvae", "rerank.model")
     run_script(
         sample,
         config_dir=Path(__file__).resolve().parent / "conf",
         config_name="sample",
         text_options=("prompt", "negative_prompt"),
-        path_options=paths,
+        path_options=("prompts_file", "image", "mask", *models, "rerank.only", "out"),
     )
 
 

@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "dalle1"
 # From the top to the bottom: a module may import from lines below its own, and from its own line.
 LAYERS = [
     [
+        "app",
         "training",
         "evaluation.report",
         "evaluation.sampling_curves",
@@ -47,6 +48,7 @@ LAYERS = [
         "data.survey_report",
         "data.survey_text",
     ],
+    ["web"],
     ["results"],
     ["comparison_page", "gallery", "picture_grid", "preview", "run_origin"],
     ["html_page"],
@@ -71,6 +73,7 @@ ALLOWED = {
     "pytorch_lightning": ("training", "data.datamodule"),
     "hydra": ("cli", "data.inspect", "training.run", "training.trainer", "training.launch"),
     "omegaconf": (
+        "app",
         "cli",
         "data.inspect",
         "sample",
@@ -80,6 +83,9 @@ ALLOWED = {
         "training.ranks",
         "plan",
     ),
+    "fastapi": ("web.server",),
+    "starlette": ("web.guard", "web.server"),
+    "uvicorn": ("app",),
     "wandb": ("training.logging",),
     "webdataset": ("data",),
     "transformers": ("rerank.hf_clip", "rerank.hf_files"),

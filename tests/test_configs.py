@@ -136,7 +136,7 @@ def test_every_choice_composes_and_builds(path: Path, tmp_path: Path, monkeypatc
 
 def test_every_yaml_is_covered() -> None:
     top = {path.name for path in CONF.glob("*.yaml")}
-    assert top == {"train.yaml", "sample.yaml", "plan.yaml", "inspect.yaml"}
+    assert top == {"train.yaml", "sample.yaml", "app.yaml", "plan.yaml", "inspect.yaml"}
     assert {path.parent.parent for path in CONF.rglob("*/*.yaml")} == {CONF}, "a file deeper than one group"
 
 

@@ -213,18 +213,26 @@ class Pipeline:
     def _sampler(
         self, sampling: SamplingConfig, negative_prompt: str | None, dtype: torch.dtype | None, compiled: bool
     ) -> Sampler:
-        if sampling.guidance_scale != 1 and not self.transformer.caption_dropout:
-            raise ValueError(
-                "guidance needs a transformer trained with optim.caption_dropout > 0, this one was not; "
-                f"set guidance_scale=1, got {sampling.guidance_scale}"
-            )
-        if compiled and self.device.type != "cuda":
-            raise ValueError(f"compiled decoding is for CUDA, got device {self.device}; leave out compile")
+        self.check_guidance(sampling.guidance_scale)
+        self.check_compiled(compiled)
         negative = None
         if negative_prompt is not None:
             texts = self.check_prompts([negative_prompt], name="negative_prompt")
             negative = self._text_tokenizer.encode(texts).to(self.device)
         return Sampler(self.transformer.model, sampling, negative=negative, dtype=dtype, compiled=compiled)
+
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Raise ValueError for guidance that the transformer was not trained for."""
+        if guidance_scale != 1 and not self.transformer.caption_dropout:
+            raise ValueError(
+                "guidance needs a transformer trained with optim.caption_dropout > 0, this one was not; "
+                f"set guidance_scale=1, got {guidance_scale}"
+            )
+
+    def check_compiled(self, compiled: bool) -> None:
+        """Raise ValueError for compiled decoding elsewhere than on CUDA."""
+        if compiled and self.device.type != "cuda":
+            raise ValueError(f"compiled decoding is for CUDA, got device {self.device}; leave out compile")
 
     @property
     def device(self) -> torch.device:

@@ -64,8 +64,8 @@ class _Sampling:
         self._candidates = _candidates(cfg)
         if cfg.keep is not None and cfg.keep > self._candidates:
             raise ValueError(f"keep must be at most the number of candidates, {self._candidates}, got {cfg.keep}")
-        sampling = _sampling_config(cfg)
-        self._pipeline = _load_pipeline(cfg)
+        sampling = sampling_config(cfg)
+        self._pipeline = load_pipeline(cfg)
         if cfg.guidance_scale is None:
             sampling = replace(sampling, guidance_scale=self._pipeline.default_guidance_scale)
         self._settings = _settings(cfg) | asdict(sampling)
@@ -122,7 +122,7 @@ class _Sampling:
 
     def run(self) -> WrittenRun:
         """Sample what is not there yet, and write all that is asked for."""
-        with _sigterm_as_ctrl_c():
+        with sigterm_as_ctrl_c():
             return self._run_to_the_end()
 
     def _run_to_the_end(self) -> WrittenRun:
@@ -172,7 +172,7 @@ class _Sampling:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
+def sigterm_as_ctrl_c() -> Iterator[None]:
     """Clusters stop their jobs with it, and what is done is worth as much then."""
     if threading.current_thread() is not threading.main_thread():  # Python has no handlers elsewhere
         yield
@@ -250,8 +250,8 @@ def _candidates(cfg: DictConfig) -> int:
     return int(cfg[name])
 
 
-def _sampling_config(cfg: DictConfig) -> SamplingConfig:
-    """Without guidance if that depends on the transformer."""
+def sampling_config(cfg: DictConfig) -> SamplingConfig:
+    """That of a configuration; without guidance if that depends on the transformer."""
     return SamplingConfig(
         temperature=cfg.temperature,
         temperature_end=cfg.temperature_end,
@@ -261,8 +261,11 @@ def _sampling_config(cfg: DictConfig) -> SamplingConfig:
     )
 
 
-def _load_pipeline(cfg: DictConfig) -> Pipeline:
-    """All models, the largest last, so that whatever else is missing is found at once."""
+def load_pipeline(cfg: DictConfig) -> Pipeline:
+    """All models that a configuration names, the largest last, so that whatever else is missing is found at once.
+
+    Raises: ValueError or OSError for what cannot be loaded.
+    """
 
     @cache
     def transformer() -> Loaded[DalleTransformer]:

@@ -56,17 +56,18 @@ def parse_color(name: str) -> tuple[int, int, int]:
     return color
 
 
-def decode_image(data: bytes, background: str = "white") -> Image.Image:
+def decode_image(data: bytes, background: str = "white", *, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
     """The picture in a JPEG, PNG or WebP file, as 8-bit RGB and turned upright as its EXIF tag says.
 
     Transparent parts show `background`, a colour as `parse_color` takes it. Colour profiles, and EXIF data that cannot
     be read, are ignored. 16-bit pictures keep their upper 8 bits. Of an animation it is the first picture.
 
-    Raises: ValueError if the file is damaged or of another format, or above 100 megapixels.
+    Raises: ValueError if the file is damaged or of another format, or above `max_megapixels`, which its head says: its
+        pixels are not decoded then.
     """
     color = parse_color(background)
-    with _errors_in_one_sentence():
-        image = _open(data)
+    with _errors_in_one_sentence(max_megapixels):
+        image = _open(data, max_megapixels)
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
         return _to_rgb(image if turn is None else image.transpose(turn), color)
@@ -100,7 +101,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
 
 
 @contextmanager
-def _errors_in_one_sentence() -> Iterator[None]:
+def _errors_in_one_sentence(max_megapixels: float = MAX_MEGAPIXELS) -> Iterator[None]:
     """Whatever Pillow raises, as a ValueError."""
     try:
         # Pillow warns of damage that it can live with, and at 89 megapixels; a data set may be full of either.
@@ -110,7 +111,7 @@ def _errors_in_one_sentence() -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise ValueError("it is not a JPEG, PNG or WebP file") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"it has more than the {MAX_MEGAPIXELS} megapixels allowed") from error
+        raise ValueError(f"it has more than the {max_megapixels:g} megapixels allowed") from error
     except MemoryError as error:
         raise ValueError("it needs more memory than there is") from error
     # Damaged files make Pillow's readers raise anything: OSError, SyntaxError, struct.error, zlib.error, KeyError, ...
@@ -118,18 +119,18 @@ def _errors_in_one_sentence() -> Iterator[None]:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
     if not data:
         raise ValueError("it is empty, not a JPEG, PNG or WebP file")
     image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    _check_size(image.width, image.height)
+    _check_size(image.width, image.height, max_megapixels)
     return image
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int, max_megapixels: float = MAX_MEGAPIXELS) -> None:
     megapixels = width * height / 1e6
-    if megapixels > MAX_MEGAPIXELS:
-        raise ValueError(f"it has {megapixels:.1f} megapixels, more than the {MAX_MEGAPIXELS} allowed")
+    if megapixels > max_megapixels:
+        raise ValueError(f"it has {megapixels:.1f} megapixels, more than the {max_megapixels:g} allowed")
 
 
 def _orientation(image: Image.Image) -> int:
