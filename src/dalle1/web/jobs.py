@@ -94,7 +94,9 @@ class JobQueue:
             if self._closed:
                 raise QueueFullError("the page's program is being ended; start it again")
             if len(self._waiting) + (self._running is not None) > self._most_waiting:
-                raise QueueFullError(f"the line must have a free place, all {self._most_waiting} are taken; try again later")
+                raise QueueFullError(
+                    f"the line must have a free place, all {self._most_waiting} are taken; try again later"
+                )
             self._waiting.append(job)
             self._tell_places()
             self._changed.notify()
