@@ -49,7 +49,7 @@ LAYERS = [
 # Where each framework may appear; everything else is plain PyTorch.
 ALLOWED = {
     "pytorch_lightning": ("training", "data.datamodule"),
-    "hydra": ("cli", "data.inspect", "training.run", "training.trainer", "training.launch"),
+    "hydra": ("cli", "data.inspect", "training.run", "training.trainer", "training.launch", "training.sweep_job"),
     "omegaconf": (
         "cli",
         "data.inspect",
@@ -57,6 +57,7 @@ ALLOWED = {
         "training.run",
         "training.trainer",
         "training.launch",
+        "training.sweep_job",
         "training.ranks",
         "plan",
     ),
