@@ -38,7 +38,7 @@ def test_job_that_fails_is_recorded_and_the_other_one_finishes(tmp_path: Path, l
 
 @pytest.mark.parametrize(
     ("launcher", "generations"),
-    # The job's starter is the sweep's process; a worker of joblib stands between; of submitit a worker and its shell do.
+    # The job's starter is the sweep's process, or a worker of joblib's, which that has started.
     [((), 1), (JOBLIB, 2)],
     ids=["none", "joblib"],
 )
@@ -46,13 +46,14 @@ def test_signal_to_the_sweep_stops_its_jobs_and_the_same_command_goes_on(
     tmp_path: Path, launcher: tuple[str, ...], generations: int
 ) -> None:
     kill = [SIGNAL, "+callbacks.kill.step=3,9999", f"+callbacks.kill.generations={generations}"]
-    options = [*SWEEP, *TINY_DVAE, "optim.max_steps=2000", *kill, *launcher]
+    options = [*SWEEP, *TINY_DVAE, "optim.max_steps=200", *kill, *launcher]
     done = call(tmp_path, *options)
     assert done.returncode == 0, done.stderr
     record = SweepRecord(tmp_path / "sweep")
     assert record.jobs()[0].status == "stopped"
-    assert 3 < read_checkpoint(tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt")["global_step"] < 2000
-    assert record.jobs()[1].status == ("stopped" if launcher else "waiting")
+    assert 3 < read_checkpoint(tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt")["global_step"] < 200
+    # Side by side it may have been done before.
+    assert record.jobs()[1].status in (("stopped", "finished") if launcher else ("waiting",))
     done = call(tmp_path, *options)
     assert done.returncode == 0, done.stderr
     assert "continuing 'sweep/0' from step" in done.stdout
@@ -62,7 +63,7 @@ def test_signal_to_the_sweep_stops_its_jobs_and_the_same_command_goes_on(
 def test_job_that_submitit_takes_away_comes_again_and_goes_on(tmp_path: Path) -> None:
     # What SLURM sends before the time is over, to the process that submitit has started.
     kill = [SIGNAL, "+callbacks.kill.step=3", f"+callbacks.kill.number={int(signal.SIGUSR1)}"]
-    done = call(tmp_path, *SWEEP, *TINY_DVAE, "optim.max_steps=200", "optim.lr=1e-3,2e-3", *kill, *SUBMITIT)
+    done = call(tmp_path, *SWEEP, *TINY_DVAE, "optim.max_steps=60", "optim.lr=1e-3,2e-3", *kill, *SUBMITIT)
     assert done.returncode == 0, done.stderr
     assert {job.status for job in SweepRecord(tmp_path / "sweep").jobs().values()} == {"finished"}
     said = "".join(path.read_text() for path in (tmp_path / "sweep" / ".submitit").rglob("*_log.out"))
