@@ -71,7 +71,7 @@ LAYERS = [
 # Where each framework may appear; everything else is plain PyTorch.
 ALLOWED = {
     "pytorch_lightning": ("training", "data.datamodule"),
-    "hydra": ("cli", "data.inspect", "training.run", "training.trainer", "training.launch"),
+    "hydra": ("cli", "data.inspect", "training.run", "training.trainer", "training.launch", "training.sweep_job"),
     "omegaconf": (
         "app",
         "cli",
@@ -80,6 +80,7 @@ ALLOWED = {
         "training.run",
         "training.trainer",
         "training.launch",
+        "training.sweep_job",
         "training.ranks",
         "plan",
     ),

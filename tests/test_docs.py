@@ -46,7 +46,7 @@ def test_make_has_the_targets_that_are_named() -> None:
 def test_choices_in_commands_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for group in ("stage", "experiment", "trainer", "logger", "filters"):
-        for choice in re.findall(rf"\b{group}=([a-z_]+)", text):
+        for choice in re.findall(rf"\b{group}=([a-z0-9_]+)", text):
             assert (ROOT / "conf" / group / f"{choice}.yaml").is_file(), f"{group}={choice}"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import SCRIPT, call, srun, torchrun
+from wandb_files import OfflineRun
 
 from dalle1.checkpoint import load_dvae, load_transformer, read_checkpoint, weights_sha256
 from dalle1.data.dataset import PairDataset
@@ -21,6 +22,7 @@ from dalle1.data.shards import ShardIndex
 from dalle1.data.transforms import to_unit_interval
 from dalle1.evaluation.codebook_usage import codebook_usage
 from dalle1.evaluation.image_quality import psnr_db, squared_error
+from dalle1.training.sweep_record import SweepRecord
 
 TINY = (
     *("image_size=16", "grid_size=2", "image_vocab_size=16", "text_vocab_size=300", "text_seq_len=64"),
@@ -50,17 +52,27 @@ def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     return run
 
 
-def test_stages_and_a_sweep_write_their_results(tmp_path: Path) -> None:
+def test_stages_and_a_sweep_write_their_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     done = call(tmp_path, "stage=tokenizer", *TINY)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "shapes" / "tokenizer" / "tokenizer.json").is_file()
 
-    done = call(tmp_path, "-m", *TINY_DVAE, *TINY, "optim.lr=1e-3,2e-3")
+    done = call(tmp_path, "-m", *TINY_DVAE, *TINY, "optim.lr=1e-3,2e-3", "logger=wandb")
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
-    for job in ("0", "1"):
-        assert json.loads((sweep / job / "summary.json").read_text())["step"] == 2
-        assert (sweep / job / "checkpoints" / "last.ckpt").is_file()
+    for number, job in SweepRecord(sweep).jobs().items():
+        directory = sweep / str(number)
+        summary = json.loads((directory / "summary.json").read_text())
+        assert (summary["step"], job.status, job.value) == (2, "finished", summary["nats_per_dim"])
+        assert (directory / "checkpoints" / "last.ckpt").is_file()
+
+    # In Weights & Biases they are two runs of one group.
+    logged = [OfflineRun(path) for path in sorted(sweep.glob("*/wandb/offline-run-*"))]
+    assert [(run.group, run.job_type) for run in logged] == [(sweep.name, "dvae")] * 2
+    assert [run.name for run in logged] == ["shapes-dvae-0", "shapes-dvae-1"]
+    assert [run.config["optim"]["lr"] for run in logged] == [1e-3, 2e-3]
+    assert logged[0].id != logged[1].id
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
@@ -126,10 +138,9 @@ def test_process_that_dies_ends_its_job_of_a_sweep_and_not_the_sweep(tmp_path: P
     assert done.returncode == 1
     (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
     assert "error: all ranks must go on together, rank 1 has ended by SIGKILL; what it has said is above" in done.stderr
-    assert done.stderr.splitlines()[-1] == (
-        f"error: the job in '{(sweep / '0').relative_to(tmp_path)}' must end well, it has ended with exit code 1; "
-        "see above"
-    )
+    jobs = SweepRecord(sweep).jobs()
+    assert (jobs[0].status, jobs[1].status) == ("failed", "finished")
+    assert f"all jobs of a sweep must end well, 1 of 2 have not: 0 in '{sweep.relative_to(tmp_path)}'" in done.stderr
     assert not (sweep / "0" / "summary.json").exists()
     assert json.loads((sweep / "1" / "summary.json").read_text())["step"] == 2
 

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytorch_lightning as pl
 
 from dalle1.atomic_files import write_json
@@ -42,6 +43,21 @@ class KillAt(pl.Callback):
     def _kill(self, trainer: pl.Trainer) -> None:
         if trainer.global_step == self._step and trainer.global_rank == self._rank:
             os.kill(os.getpid(), self._number)
+
+
+class SignalStarter(pl.Callback):
+    """Sends a signal to who has started this process, before the batch that follows update `step`."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM, generations: int = 1) -> None:
+        """Send signal `number` to the parent, or to the parent's parent of 2 generations."""
+        self._step = step
+        self._number = number
+        self._generations = generations
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Send it."""
+        if trainer.global_step == self._step:
+            psutil.Process().parents()[self._generations - 1].send_signal(self._number)
 
 
 class KillSometime(pl.Callback):

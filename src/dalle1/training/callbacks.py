@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ProgressBar
+from torch import Tensor
 from tqdm import tqdm
 
 from dalle1.data.preparation import collate
 from dalle1.evaluation.pictures import save_picture
+from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.training.disk_full import going_on_if_disk_is_full
-from dalle1.training.logging import log_picture
+from dalle1.training.logging import log_picture, log_samples
 from dalle1.training.sharding import whole_network
 from dalle1.training.stage_module import StageModule
 
@@ -74,12 +77,34 @@ class ValidationPictures(pl.Callback):
 
     Stands before `EMA` in the list of callbacks: that one takes the averaged weights out again."""
 
-    def __init__(self, directory: str, n_samples: int = 8) -> None:
-        """Write `<name>-step<step>.png` into `directory`: what the module's `draw_pictures` gives for `n_samples`.
+    def __init__(self, directory: str, n_samples: int = 8, prompts: Sequence[str] | None = None) -> None:
+        """Write `<name>-step<step>.png` into `directory`, and show it in the loggers that take pictures.
 
-        Loggers that take pictures get them too."""
+        Args:
+            directory: Where the pictures go.
+            n_samples: How many of the first validation samples are shown.
+            prompts: Of what stage=transformer draws samples, one each; None for these samples' captions.
+
+        Raises: ValueError if there is nothing to draw.
+        """
+        if n_samples < 1:
+            raise ValueError(f"callbacks.pictures.n_samples must be >= 1, got {n_samples}")
+        if prompts is not None and not (prompts and all(isinstance(each, str) for each in prompts)):
+            raise ValueError(f"callbacks.pictures.prompts must be a list of texts, or null, got {prompts}")
         self.directory = Path(directory)
         self.n_samples = n_samples
+        self.prompts = prompts
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse prompts that cannot be drawn, before anything is trained. Raises: ValueError if one cannot."""
+        if self.prompts is None:
+            return
+        assert isinstance(pl_module, StageModule), "every stage of ours is one"
+        if pl_module.record["kind"] != "transformer":
+            raise ValueError(
+                f"callbacks.pictures.prompts are for stage=transformer, got stage={pl_module.record['kind']}"
+            )
+        _encode(self.prompts, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw with the averaged weights, which are still in place, and what the module has counted."""
@@ -92,11 +117,25 @@ class ValidationPictures(pl.Callback):
         loader = trainer.val_dataloaders
         assert loader is not None, "validation is running, so there is a loader"
         batch = collate(loader.first_samples(self.n_samples))
+        if self.prompts is not None:
+            batch["caption"], batch["text_tokens"] = list(self.prompts), _encode(self.prompts, pl_module)
         with trainer.precision_plugin.forward_context():  # as in validation
             pictures = pl_module.draw_pictures(batch)
+            samples = pl_module.sample_captions(batch)
+        # What Lightning logs this validation's numbers under.
+        logged_step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if samples:
+            captions = batch["caption"]
+            title = ", ".join(f"{number}: {caption}" for number, caption in enumerate(captions, start=1))
+            pictures["samples"] = draw_page([GridBlock(title=title, pictures=samples, columns=min(len(samples), 8))])
+            log_samples(trainer.loggers, "val/prompts", captions, samples, update=trainer.global_step, step=logged_step)
         for name, picture in pictures.items():
             path = self.directory / f"{name}-step{trainer.global_step:07d}.png"
             with going_on_if_disk_is_full(path):
                 save_picture(picture, path)
-            # Under the step that Lightning logs this validation's numbers under.
-            log_picture(trainer.loggers, f"val/{name}", picture, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            log_picture(trainer.loggers, f"val/{name}", picture, logged_step)
+
+
+def _encode(prompts: Sequence[str], pl_module: StageModule) -> Tensor:
+    assert pl_module.text_tokenizer is not None, "a transformer has one"
+    return pl_module.text_tokenizer.encode(prompts)

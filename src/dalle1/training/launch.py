@@ -14,16 +14,12 @@ from __future__ import annotations
 import json
 import logging.config
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -34,7 +30,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from dalle1.cli import MULTIRUN_FLAGS, OptionError, errors_in_one_line
 from dalle1.training.ranks import n_started
-from dalle1.training.run import SUMMARY, run
+from dalle1.training.run import run
+from dalle1.training.sweep_job import SweepJob, name_sweep, write_error
 
 # Environment variables: the file with the configuration of the job that a process belongs to, and who has started it.
 JOB, PARENT = "DALLE1_JOB", "DALLE1_PARENT"
@@ -50,28 +47,54 @@ def run_part_of_job() -> None:
     """What such a process does: the same as all others of its job."""
     _end_with(int(os.environ[PARENT]))
     os.environ[PARENT] = str(os.getpid())
-    job = OmegaConf.load(os.environ[JOB])
+    job_file = Path(os.environ[JOB])
+    job = OmegaConf.load(job_file)
     logging.config.dictConfig(json.loads(job.logging))
-    run(job.cfg)
+    try:
+        run(job.cfg)
+    except Exception as error:
+        write_error(job_file, error)
+        raise
 
 
 def start(cfg: DictConfig) -> dict[str, Any]:
     """Do what `cfg` describes, in this process or, as a job of a sweep, in a new one; return its summary.
+
+    That of a job that was stopped is empty.
 
     Raises: as `run`; ChildProcessError if the job of a sweep has failed.
     """
     hydra_config = HydraConfig.get()
     if int(os.environ.get("NODE_RANK", "0")):  # what Lightning finds out too late, on a node that was started by hand
         rank_zero_only.rank = 1  # type: ignore[attr-defined]
-    with tempfile.NamedTemporaryFile("w", prefix="dalle1-job-", suffix=".yaml") as file:
+    is_sweep = hydra_config.mode is RunMode.MULTIRUN
+    if is_sweep:
+        name_sweep(cfg, hydra_config)
+    with tempfile.TemporaryDirectory(prefix="dalle1-job-") as directory:
+        job_file = Path(directory, "job.yaml")
         log = json.dumps(OmegaConf.to_container(hydra_config.job_logging, resolve=True))
-        OmegaConf.save(OmegaConf.create({"cfg": _resolved(cfg), "logging": log}), file)
-        file.flush()
+        OmegaConf.save(OmegaConf.create({"cfg": _resolved(cfg), "logging": log}), job_file)
+        environment = job_environment(str(job_file))
+        if not is_sweep:
+            return _run_here(cfg, environment)
+        job = SweepJob(cfg, hydra_config)
         # The tasks of submitit's launcher are in a sweep too, but are all there already.
-        if hydra_config.mode is RunMode.MULTIRUN and not n_started() > 1:
-            return _run_in_new_process(Path(cfg.run_dir), list(hydra_config.overrides.task), file.name)
-        with _environment(job_environment(file.name)):
-            return run(cfg)
+        if n_started() > 1:
+            return job.run(lambda: _run_unless_stopped(cfg, environment))
+        return job.run(lambda: job.in_new_process(job_file, environment))
+
+
+def _run_here(cfg: DictConfig, environment: dict[str, str]) -> dict[str, Any]:
+    with _environment(environment):
+        return run(cfg)
+
+
+def _run_unless_stopped(cfg: DictConfig, environment: dict[str, str]) -> dict[str, Any] | None:
+    """The summary, or None if a signal has stopped the run."""
+    try:
+        return _run_here(cfg, environment)
+    except SystemExit:
+        return None
 
 
 def _resolved(node: DictConfig | ListConfig) -> dict[Any, Any] | list[Any]:
@@ -96,51 +119,9 @@ def refuse_sweep_of_launched_processes(arguments: list[str]) -> None:
         )
 
 
-def _run_in_new_process(run_dir: Path, overrides: list[str], job_file: str) -> dict[str, Any]:
-    """Do a job of a sweep. Raises: ChildProcessError if it fails; SystemExit with 0 if a signal has stopped it."""
-    received: list[int] = []
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        for process in processes:
-            process.send_signal(number)
-
-    # The overrides are for who looks at the list of processes.
-    command = [sys.executable, os.path.abspath(sys.argv[0]), *overrides]
-    with _handlers(pass_on), subprocess.Popen(command, env=os.environ | job_environment(job_file)) as process:
-        processes.append(process)
-        if received:  # while it was being started
-            process.send_signal(received[-1])
-        code = process.wait()
-    if received:  # a job that has not begun to train ends by the signal, and has nothing to save
-        raise SystemExit(0)
-    if code:
-        how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
-        raise ChildProcessError(f"the job in '{os.path.relpath(run_dir)}' must end well, it has ended {how}; see above")
-    if not (run_dir / SUMMARY).exists():  # a signal to the job has stopped it
-        raise SystemExit(0)
-    summary: dict[str, Any] = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
-    return summary
-
-
 def job_environment(job_file: str) -> dict[str, str]:
     """What a process that this one starts must know."""
     return {JOB: job_file, PARENT: str(os.getpid())}
-
-
-@contextmanager
-def _handlers(handle: Any) -> Iterator[None]:
-    """Handle the signals by which schedulers end jobs; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -162,3 +143,7 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    run_part_of_job()

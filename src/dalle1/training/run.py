@@ -48,7 +48,7 @@ from dalle1.training.clip_module import CLIPModule
 from dalle1.training.data_report import report_findings
 from dalle1.training.disk_full import save_or_fail
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
-from dalle1.training.logging import begin_wandb_run, wandb_run_ends
+from dalle1.training.logging import begin_wandb_run, finish_wandb_run, wandb_run_ends
 from dalle1.training.optim import OptimConfig
 from dalle1.training.ranks import Agreement, check_number, finish_ranks
 from dalle1.training.run_lock import locked
@@ -157,6 +157,7 @@ def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     seconds = earlier_seconds + time.monotonic() - started
     summary = {"stage": stage, "wall_seconds": round(seconds, 1), **metrics}
     rank_zero_only(write_json)(run_dir / SUMMARY, summary)
+    rank_zero_only(finish_wandb_run)(summary)
     return summary
 
 

@@ -168,6 +168,10 @@ class StageModule(pl.LightningModule):
         """Pictures, by their names, of what the network does with validation samples; drawn after each validation."""
         return {}
 
+    def sample_captions(self, batch: Batch) -> list[Image.Image]:
+        """One picture for each caption, of networks that draw what captions say; after each validation too."""
+        return []
+
     def sample_generators(self, n_samples: int, validation_batch: int | None = None) -> list[torch.Generator]:
         """Randomness of each sample of this batch: a function of the update and of the sample's place in it.
 

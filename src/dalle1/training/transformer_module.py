@@ -16,7 +16,6 @@ from dalle1.models.accounting import count_flops
 from dalle1.models.options import AttentionBackend, check_field_types
 from dalle1.models.resblock_scaling import ResblockScaling
 from dalle1.models.transformer import DalleTransformer
-from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.sampling.sampler import Sampler
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
@@ -170,13 +169,11 @@ class TransformerModule(StageModule):
             "val", batch, batch["image_tokens"] if "image_tokens" in batch else self._image_tokens(batch["pixels"])
         )
 
-    def draw_pictures(self, batch: Batch) -> dict[str, Image.Image]:
+    def sample_captions(self, batch: Batch) -> list[Image.Image]:
         """One sample of each caption, drawn from the same random numbers every time."""
         text_tokens = batch["text_tokens"].to(self.device)
         tokens = Sampler(self.model).sample(text_tokens, seeds=[[i] for i in range(len(text_tokens))])
-        samples = to_pictures(self.image_tokenizer.decode(tokens.flatten(0, 1)))
-        block = GridBlock(title="one sample for each caption", pictures=samples, columns=len(samples))
-        return {"samples": draw_page([block])}
+        return to_pictures(self.image_tokenizer.decode(tokens.flatten(0, 1)))
 
     def _step(self, split: str, batch: Batch, image_tokens: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Weighted nats; captions that are `dropped`, bool (b, 1), are no input and no target."""

@@ -1,0 +1,1 @@
+"""Sweepers of `train.py -m`: all combinations, and a search by Optuna. Hydra imports this with every command."""
