@@ -200,7 +200,7 @@ def test_too_few_pictures_are_noted(write_pictures: Callable[..., Path], extract
     assert any(note.startswith("precision and recall need more than 3 pictures") for note in numbers.notes)
     assert "the inception score needs at least 20 pictures, got 3" in class_score(few).notes[0]
     assert not caption_score(few, pictures.captions, extractor).values  # it reads no text
-    one = features(PictureSet(pictures.samples[:1]), extractor, tmp_path / "cache")
+    one = features(PictureSet([pictures.samples[0]]), extractor, tmp_path / "cache")
     with pytest.raises(ValueError, match="at least 2 pictures of each side, got 1 and 3"):
         compare(one, few)
 

@@ -24,6 +24,7 @@ from dalle1.data.captions import CaptionSource, draw_caption
 from dalle1.data.dataset import BadSamples, OnBadSample
 from dalle1.data.folders import TABLE_EXTENSIONS
 from dalle1.data.raw_sample import CAPTION, METADATA, BadSampleError, RawSample
+from dalle1.data.sample_index import JoinedIndex, SampleIndex
 from dalle1.data.sources import Split, open_index
 from dalle1.data.token_shards import MANIFEST, open_tokens, read_manifest
 from dalle1.data.transforms import decode_image, fit_picture, to_unit_interval
@@ -48,7 +49,7 @@ class CaptionedTokens:
 
     def __init__(
         self,
-        samples: Sequence[RawSample],
+        samples: SampleIndex | Sequence[RawSample],
         transformer: Loaded[DalleTransformer],
         image_tokenizer: ImageTokenizer | None,
         *,
@@ -115,7 +116,7 @@ class CaptionedTokens:
                     f"tokens must have the transformer's grid, {config.grid_height} x {config.grid_width}, got "
                     f"{manifest.grid[0]} x {manifest.grid[1]} in '{paths[0]}'; give others, or pictures"
                 )
-            samples = [sample for index in open_tokens(paths[0], manifest, split) for sample in index]
+            samples = JoinedIndex(open_tokens(paths[0], manifest, split))
             factor = manifest.image_size // manifest.grid[0]
             return cls(samples, transformer, None, pixels_per_token=factor, **how)
         if image_tokenizer is None:
@@ -123,7 +124,7 @@ class CaptionedTokens:
         check_pair(transformer, image_tokenizer)
         factor = image_tokenizer.dvae.config.downsampling
         index = open_index(paths, skip_damage=how.get("on_bad_sample") == "skip")
-        opened = cls(list(index), transformer, image_tokenizer, pixels_per_token=factor, **how)
+        opened = cls(index, transformer, image_tokenizer, pixels_per_token=factor, **how)
         for damage in index.damages:
             opened._bad_samples.pass_over_damage(damage)
         return opened

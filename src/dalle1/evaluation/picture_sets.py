@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dalle1.data.folders import TABLE_EXTENSIONS
 from dalle1.data.raw_sample import CAPTION, RawSample
+from dalle1.data.sample_index import SampleIndex
 from dalle1.data.sampled_picture import read_sampled_picture
 from dalle1.data.sources import open_index
 from dalle1.data.transforms import decode_image, fit_picture, to_pixels
@@ -60,16 +61,16 @@ class Treatment:
 class PictureSet:
     """Pictures in a fixed order, and perhaps their captions."""
 
-    def __init__(self, samples: Sequence[RawSample], *, captions: Sequence[str] | None = None) -> None:
+    def __init__(self, samples: SampleIndex | Sequence[RawSample], *, captions: Sequence[str] | None = None) -> None:
         """These samples.
 
         Args:
-            samples: Not read yet.
+            samples: Not read yet; an index of millions takes less memory than a list of them.
             captions: One for each; without, they are those of the samples.
 
         Raises: ValueError if there is none.
         """
-        if not samples:
+        if not len(samples):
             raise ValueError("a set must have at least one picture, got none")
         self.samples = samples
         self._captions = captions
@@ -155,7 +156,7 @@ def open_pictures(patterns: Sequence[str]) -> PictureSet:
 
     Raises: ValueError, TypeError or OSError as `data.sources.open_index`.
     """
-    return PictureSet(list(open_index(patterns)))
+    return PictureSet(open_index(patterns))
 
 
 def parse_size(text: str) -> tuple[int, int]:
