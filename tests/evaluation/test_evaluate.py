@@ -19,7 +19,7 @@ from dalle1.data.transforms import to_pixels
 from dalle1.evaluate import main
 from dalle1.evaluation import chunks, reconstructions
 from dalle1.evaluation.distances import frechet_distance
-from dalle1.evaluation.extractors import load_extractor
+from dalle1.evaluation.extractors import CLIPExtractor, load_extractor
 from dalle1.evaluation.image_quality import psnr_db, squared_error, ssim
 from dalle1.evaluation.pictures import to_uint8
 from dalle1.evaluation.shapes_scorer import score
@@ -159,8 +159,12 @@ def test_interrupted_tokenizer_evaluation_goes_on_and_gives_the_same(
 
 
 def test_system_samples_the_captions_and_measures_the_pictures(
-    system: Run, write_pictures: Callable[..., Path], tmp_path: Path
+    system: Run, write_pictures: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    text_features, read = CLIPExtractor.text_features, list[str]()
+    monkeypatch.setattr(
+        CLIPExtractor, "text_features", lambda self, captions: (read.extend(captions), text_features(self, captions))[1]
+    )
     reference = write_pictures(tmp_path / "reference", 24, size=(23, 17))
     content = system(reference, "prompts=21", "sample_dir=samples", "blur=0,1", "temperature=0.5", "seed=3")
     run = SampleRun.reopen(tmp_path / "samples")
@@ -180,6 +184,8 @@ def test_system_samples_the_captions_and_measures_the_pictures(
         assert f"inception_score[{inception},n=21,blur={radius},splits=10]" in names
         assert f"clip_score[{clip},n=21,blur={radius}]" in names
     assert not any(name.startswith("inception_score[clip") or name.startswith("clip_score[inception") for name in names)
+    # Captions are read once, however many filters there are.
+    assert sorted(read) == sorted(run.origin.prompts)
     error = system(reference, "samples=sampl*", samples=True, out="again", code=1)["error"]
     assert "samples must be a directory of sample.py itself, got 'sampl*'; give 'samples'" in error
     # The same pictures as a directory, and as a folder that somebody else wrote.

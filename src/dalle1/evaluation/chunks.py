@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,16 @@ class Chunks:
     n: int  # pictures
     chunk_size: int
 
-    def load(self) -> dict[str, Tensor]:
-        """Its tensors, those of all chunks joined along their first dimension. Raises: as `parts`."""
+    def load(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Its tensors, those of all chunks joined along their first dimension; of `names` those that there are.
+
+        Raises: as `parts`.
+        """
         parts: dict[str, list[Tensor]] = {}
         for content in self.parts():
             for name, tensor in content.items():
-                parts.setdefault(name, []).append(tensor)
+                if names is None or name in names:
+                    parts.setdefault(name, []).append(tensor)
         return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
     def parts(self) -> Iterator[dict[str, Tensor]]:

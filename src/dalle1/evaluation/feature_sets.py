@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from tqdm import tqdm
 
 from dalle1.evaluation.chunks import CHUNK_SIZE, Chunks, compute_chunks
 from dalle1.evaluation.distances import (
@@ -27,11 +27,12 @@ from dalle1.evaluation.picture_sets import PictureSet, Treatment
 from dalle1.evaluation.ranks import Ranks
 
 PICTURES_AT_ONCE = 32  # that are in memory and go through a network together
+_CAPTIONS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSet:
-    """Features of pictures that were treated alike; read from the disk when they are asked for."""
+    """Features of pictures that were treated alike; read from the disk each time that they are asked for."""
 
     extractor: str  # its name
     n_features: int
@@ -43,19 +44,15 @@ class FeatureSet:
         """Number of pictures."""
         return self.chunks.n
 
-    @cached_property
-    def _tensors(self) -> dict[str, Tensor]:
-        return self.chunks.load()
-
-    @property
     def features(self) -> Tensor:
         """Float32 (n, d)."""
-        return self._tensors[f"{self.prefix}features"]
+        name = f"{self.prefix}features"
+        return self.chunks.load([name])[name]
 
-    @property
     def probabilities(self) -> Tensor | None:
         """Float32 (n, c), of classes; None if the extractor has none."""
-        return self._tensors.get(f"{self.prefix}probabilities")
+        name = f"{self.prefix}probabilities"
+        return self.chunks.load([name]).get(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,20 +133,22 @@ def compare(
             f"sets must have the same extractor and treatment to be compared, got {_described(reference)} and "
             f"{_described(samples)}"
         )
-    of_reference = reference.features if rows is None else reference.features[list(rows)]
+    of_reference, of_samples = reference.features(), samples.features()
+    if rows is not None:
+        of_reference = of_reference[list(rows)]
     counts = f"n={len(of_reference)}/{len(samples)}"
     what = f"{reference.extractor},{counts},blur={reference.treatment.blur:g}"
     left_out = len(reference) - len(of_reference)
     what += f",without={left_out}" if left_out else ""
     what += f",{tag}" if tag else ""
-    values = {f"{prefix}fid[{what}]": frechet_distance(of_reference, samples.features)}
+    values = {f"{prefix}fid[{what}]": frechet_distance(of_reference, of_samples)}
     size = kid_subset_size(len(of_reference), len(samples))
-    kid = kernel_distance(of_reference, samples.features, subset_size=size, seed=seed)
+    kid = kernel_distance(of_reference, of_samples, subset_size=size, seed=seed)
     values[f"{prefix}kid[{what},subsets={KID_SUBSETS}x{size}]"] = kid.mean
     values[f"{prefix}kid_deviation[{what},subsets={KID_SUBSETS}x{size}]"] = kid.deviation
     notes = []
     if min(len(of_reference), len(samples)) > NEAREST:
-        shares = precision_recall(of_reference, samples.features)
+        shares = precision_recall(of_reference, of_samples)
         values[f"{prefix}precision[{what},k={NEAREST}]"] = shares.precision
         values[f"{prefix}recall[{what},k={NEAREST}]"] = shares.recall
     else:
@@ -164,29 +163,40 @@ def compare(
 
 def class_score(samples: FeatureSet, *, tag: str = "") -> Numbers:
     """The inception score, where the extractor has classes and there are pictures enough; else nothing but a note."""
-    if samples.probabilities is None:
+    probabilities = samples.probabilities()
+    if probabilities is None:
         return Numbers(values={}, notes=[])
     if len(samples) < 2 * INCEPTION_SPLITS:
         needed = f"at least {2 * INCEPTION_SPLITS} pictures"
         return Numbers(values={}, notes=[f"the inception score needs {needed}, got {len(samples)}: left out"])
-    score = inception_score(samples.probabilities)
+    score = inception_score(probabilities)
     what = f"{samples.extractor},n={len(samples)},blur={samples.treatment.blur:g},splits={INCEPTION_SPLITS}"
     what += f",{tag}" if tag else ""
     values = {f"inception_score[{what}]": score.mean, f"inception_score_deviation[{what}]": score.deviation}
     return Numbers(values=values, notes=[])
 
 
-def caption_score(samples: FeatureSet, captions: Sequence[str], extractor: Extractor, *, tag: str = "") -> Numbers:
+def read_captions(captions: Sequence[str], extractor: Extractor) -> dict[str, Tensor]:
+    """Features of each caption, for `caption_score`, from an extractor that reads text.
+
+    Raises: ValueError for a caption that is too long for it.
+    """
+    distinct = list(dict.fromkeys(captions))
+    starts = range(0, len(distinct), _CAPTIONS_AT_ONCE)
+    parts = tqdm(starts, desc=f"{extractor.name}, captions", delay=2.0, disable=None)
+    texts = torch.cat([extractor.text_features(distinct[i : i + _CAPTIONS_AT_ONCE]) for i in parts])
+    return dict(zip(distinct, texts, strict=True))
+
+
+def caption_score(
+    samples: FeatureSet, captions: Sequence[str], texts: Mapping[str, Tensor], *, tag: str = ""
+) -> Numbers:
     """CLIP score: mean cosine of each picture and its caption, in [-1, 1], neither clipped at 0 nor scaled.
 
-    Nothing if the extractor reads no text. Raises: ValueError for a caption that is too long for it.
+    `texts` are what `read_captions` made of these captions with the extractor of the samples.
     """
-    if not extractor.reads_text:
-        return Numbers(values={}, notes=[])
-    distinct = list(dict.fromkeys(captions))
-    texts = dict(zip(distinct, extractor.text_features(distinct).double(), strict=True))
-    pictures = normalize(samples.features.double(), dim=1)
-    cosines = (pictures * torch.stack([texts[caption] for caption in captions])).sum(1)
+    pictures = normalize(samples.features().double(), dim=1)
+    cosines = (pictures * torch.stack([texts[caption] for caption in captions]).double()).sum(1)
     what = f"{samples.extractor},n={len(samples)},blur={samples.treatment.blur:g}" + (f",{tag}" if tag else "")
     return Numbers(values={f"clip_score[{what}]": float(cosines.mean())}, notes=[])
 

@@ -153,7 +153,7 @@ def find_nearest(val: FeatureSet, train: FeatureSet, device: torch.device) -> Ne
                 yield part
                 bar.update(len(part))
 
-        return nearest(val.features, told(), device=device)
+        return nearest(val.features(), told(), device=device)
 
 
 def shown_pairs(n: int, most: int) -> list[int]:

@@ -32,7 +32,15 @@ from dalle1.evaluation.command import (
 )
 from dalle1.evaluation.curves import draw_best_of
 from dalle1.evaluation.extractors import Extractor
-from dalle1.evaluation.feature_sets import FeatureSet, Numbers, caption_score, class_score, compare, extract
+from dalle1.evaluation.feature_sets import (
+    FeatureSet,
+    Numbers,
+    caption_score,
+    class_score,
+    compare,
+    extract,
+    read_captions,
+)
 from dalle1.evaluation.picture_sets import PictureSet, Treatment, open_pictures, parse_size
 from dalle1.evaluation.pictures import save_picture
 from dalle1.evaluation.ranks import Ranks, joined_ranks
@@ -152,6 +160,8 @@ class _Measured:
         self._extractors, self._size, self._reference, self._seed = extractors, treatment.size, reference, seed
         self._where: dict[str, Any] = {"cache": cache, "ranks": ranks}
         self._references: dict[tuple[str, float], FeatureSet] = {}  # all samples are compared with the same
+        # Of each extractor, or why it cannot read them; captions are the same for all samples.
+        self._texts: dict[str, dict[str, Tensor] | str] = {}
 
     def prepare(self, samples: PictureSet, blur: float, *, tag: str = "") -> _Prepared:
         """Have all that takes long computed, by all processes."""
@@ -182,15 +192,23 @@ class _Measured:
         for extractor, _, samples in prepared.pairs:
             numbers |= class_score(samples, tag=prepared.tag)
             if extractor.reads_text:
-                try:
-                    numbers |= caption_score(samples, prepared.samples.captions, extractor, tag=prepared.tag)
-                except ValueError as error:
-                    numbers |= Numbers(values={}, notes=[f"the CLIP score of {extractor.name} is left out: {error}"])
+                numbers |= self._caption_score(prepared, extractor, samples)
         if prepared.right is not None:
-            right = prepared.right.load()["right"].double()
+            right = prepared.right.load(["right"])["right"].double()
             what = f"shapes_scorer,n={len(right)}" + (f",{prepared.tag}" if prepared.tag else "")
             numbers |= Numbers(values={f"prompt_accuracy[{what}]": float(right.mean())}, notes=[])
         return numbers
+
+    def _caption_score(self, prepared: _Prepared, extractor: Extractor, samples: FeatureSet) -> Numbers:
+        if extractor.name not in self._texts:
+            try:
+                self._texts[extractor.name] = read_captions(prepared.samples.captions, extractor)
+            except ValueError as error:
+                self._texts[extractor.name] = f"the CLIP score of {extractor.name} is left out: {error}"
+        texts = self._texts[extractor.name]
+        if isinstance(texts, str):
+            return Numbers(values={}, notes=[texts])
+        return caption_score(samples, prepared.samples.captions, texts, tag=prepared.tag)
 
 
 def _score_scenes(samples: PictureSet, treatment: Treatment, *, cache: Path, ranks: Ranks) -> Chunks | None:
