@@ -233,6 +233,20 @@ def test_command_writes_pairs_page_and_numbers(
     ]
 
 
+def test_interrupted_command_leaves_no_directory_and_goes_on(
+    call: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dalle1.evaluation.overlap_command.thumbnail", interrupted)
+        with pytest.raises(SystemExit):
+            call()
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in call().iterdir()) == ["evaluation.json", "overlap.html", "overlap.json"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

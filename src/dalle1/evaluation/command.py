@@ -72,8 +72,8 @@ def write_evaluation(
     extractors: Sequence[Extractor],
     sets: Mapping[str, Mapping[str, Any]],
     more: Mapping[str, Any],
-) -> Path:
-    """Write `evaluation.json`; returns its path.
+) -> None:
+    """Write `evaluation.json`.
 
     Args:
         out: Directory, made when it is needed.
@@ -96,7 +96,6 @@ def write_evaluation(
         "versions": versions() | {name: metadata.version(name) for name in ("torchmetrics", "pillow")},
     }
     write_json(out / FILE_NAME, content)
-    return out / FILE_NAME
 
 
 def print_numbers(numbers: Numbers) -> None:

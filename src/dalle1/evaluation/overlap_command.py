@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dalle1.atomic_files import atomic, write_json
+from dalle1.atomic_files import atomic, atomic_directory, write_json
 from dalle1.data.fields import require_int
 from dalle1.evaluation.command import (
     add_shared_arguments,
@@ -138,7 +138,8 @@ def run(options: argparse.Namespace) -> None:
             return
         overlap = Overlap.of(extractor.name, val, train, find_nearest(of_val, of_train, device))
         numbers = overlap.numbers(options.threshold)
-        _write(out, overlap, numbers, options, extractor)
+        with atomic_directory(out) as directory:
+            _write(directory, overlap, numbers, options, extractor)
     print_numbers(numbers)
     print(f"page:  {out / 'overlap.html'}\npairs: {out / 'overlap.json'}")
 

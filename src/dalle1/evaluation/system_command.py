@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle1.atomic_files import atomic_directory
 from dalle1.checkpoint import Loaded, load_image_tokenizer, load_transformer
 from dalle1.data import shapes
 from dalle1.data.fields import require_int
 from dalle1.evaluation.chunks import Chunks, compute_chunks
 from dalle1.evaluation.command import (
+    FILE_NAME,
     add_shared_arguments,
     choose_out,
     load_extractors,
@@ -115,23 +117,25 @@ def run(options: argparse.Namespace) -> None:
             numbers |= measured.numbers(prepared)
             numbers |= measured.distances(prepared, rows) if rows is not None else Numbers(values={}, notes=[])
         points = {n: measured.numbers(prepared) for n, prepared in curve.items()}
-        path = write_evaluation(
-            out,
-            numbers,
-            options=options,
-            extractors=extractors,
-            sets={"reference": reference.facts, "samples": dict(samples.facts)},
-            more={
-                "treatment": treatment.facts,
-                BEST_OF_KEY: [{"n": n, "numbers": point.values} for n, point in points.items()],
-            },
-        )
-        if points:
-            save_picture(draw_best_of({n: point.values for n, point in points.items()}), out / "best_of.png")
+        with atomic_directory(out) as directory:
+            write_evaluation(
+                directory,
+                numbers,
+                options=options,
+                extractors=extractors,
+                sets={"reference": reference.facts, "samples": dict(samples.facts)},
+                more={
+                    "treatment": treatment.facts,
+                    BEST_OF_KEY: [{"n": n, "numbers": point.values} for n, point in points.items()],
+                },
+            )
+            if points:
+                curves = draw_best_of({n: point.values for n, point in points.items()})
+                save_picture(curves, directory / "best_of.png")
     for point in points.values():
         numbers |= point
     print_numbers(numbers)
-    print(f"numbers: {path}" + (f"\npicture: {out / 'best_of.png'}" if points else ""))
+    print(f"numbers: {out / FILE_NAME}" + (f"\npicture: {out / 'best_of.png'}" if points else ""))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

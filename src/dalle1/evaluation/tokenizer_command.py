@@ -12,6 +12,7 @@ from typing import Any
 
 from dalle1.checkpoint import load_dvae, training_options
 from dalle1.evaluation.command import (
+    FILE_NAME,
     add_shared_arguments,
     choose_out,
     load_extractors,
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         for extractor in extractors:
             seen = reconstructed_features(chunks, extractor, treatment)
             numbers |= compare(originals[extractor.name], seen, seed=options.seed, prefix="r")
-        path = write_evaluation(
+        write_evaluation(
             out,
             numbers,
             options=options,
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
             more={"checkpoints": {"dvae": {"sha256": dvae.sha256, "step": dvae.step}}},
         )
     print_numbers(numbers)
-    print(f"numbers: {path}")
+    print(f"numbers: {out / FILE_NAME}")
 
 
 def _likelihood(options: argparse.Namespace) -> tuple[Likelihood, list[str]]:

@@ -13,11 +13,12 @@ from typing import Any
 
 from tabulate import tabulate
 
+from dalle1.atomic_files import atomic_directory
 from dalle1.checkpoint import load_image_tokenizer, load_transformer
 from dalle1.data.token_shards import MANIFEST, SPLITS
 from dalle1.evaluation.captioned_tokens import CaptionedTokens
 from dalle1.evaluation.chunks import DEFAULT_CACHE
-from dalle1.evaluation.command import choose_out, write_evaluation
+from dalle1.evaluation.command import FILE_NAME, choose_out, write_evaluation
 from dalle1.evaluation.feature_sets import Numbers
 from dalle1.evaluation.pictures import save_picture
 from dalle1.evaluation.position_figures import draw_image_positions, draw_text_positions
@@ -84,18 +85,19 @@ def run(options: argparse.Namespace) -> None:
         if not ranks.is_first:
             return
         facts = {"sha256": transformer.sha256, "step": transformer.step, "dvae_sha256": transformer.dvae_sha256}
-        path = write_evaluation(
-            out,
-            Numbers(values=numbers.values, notes=[]),
-            options=options,
-            extractors=[],
-            sets={"pictures": samples.facts},
-            more={"checkpoints": {"transformer": facts}, "by_position": numbers.means_by_position()},
-        )
-        save_picture(draw_image_positions(numbers.positions), out / "image_positions.png")
-        save_picture(draw_text_positions(numbers.positions), out / "text_positions.png")
+        with atomic_directory(out) as directory:
+            write_evaluation(
+                directory,
+                Numbers(values=numbers.values, notes=[]),
+                options=options,
+                extractors=[],
+                sets={"pictures": samples.facts},
+                more={"checkpoints": {"transformer": facts}, "by_position": numbers.means_by_position()},
+            )
+            save_picture(draw_image_positions(numbers.positions), directory / "image_positions.png")
+            save_picture(draw_text_positions(numbers.positions), directory / "text_positions.png")
     print(format_numbers(numbers))
-    print(f"numbers: {path}")
+    print(f"numbers: {out / FILE_NAME}")
 
 
 def format_numbers(numbers: TransformerNumbers) -> str:
