@@ -322,6 +322,7 @@ def test_captions_are_drawn_once_each_and_by_seed() -> None:
         (("{pictures}", "samples={pictures}", "size=big"), "got 'big'"),
         (("{pictures}", "samples={one}"), "at least 2 pictures of each side, got 4 and 1"),
         (("{pictures}", "candidates=0"), "candidates must be >= 1, got 0"),
+        (("{pictures}", "reranker={clip}"), "reranker chooses among several candidates, got candidates=1"),
         (("{pictures}", "candidates=2", "reranker=none"), "the best of 2 candidates needs a reranker, got none"),
         (("{pictures}", "candidates=2", "best_of=4", "reranker={clip}"), "best_of must be numbers in [1, 2]"),
         (("{pictures}", "prompts=9"), "at most the number of different captions, 4, got 9"),

@@ -245,10 +245,13 @@ def _samples(
             if getattr(options, name) is not None:
                 raise ValueError(f"{name} says how to sample, leave it out with samples={options.samples}")
         return open_samples(options.samples)
+    asked_for = options.reranker
     for name, value in _SAMPLING.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     require_int("candidates", options.candidates, at_least=1)
+    if options.candidates == 1 and asked_for not in (None, "none"):
+        raise ValueError("reranker chooses among several candidates, got candidates=1; set more, or leave it out")
     pipeline = _load_pipeline(options).to(device)
     scale = pipeline.default_guidance_scale if options.guidance_scale is None else options.guidance_scale
     sampling = SamplingConfig(temperature=options.temperature, guidance_scale=scale)

@@ -68,7 +68,7 @@ def read_preprocessing(directory: Path, model_type: str) -> Preprocessing:
     try:
         return _from_config(config, model_type)
     except ValueError as error:
-        raise ValueError(f"'{path}' {error}; choose another model or set rerank=none") from error
+        raise ValueError(f"'{path}' {error}; choose another model") from error
 
 
 def has_preprocessing(directory: Path) -> bool:
