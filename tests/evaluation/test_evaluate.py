@@ -239,6 +239,23 @@ def test_best_of_is_the_best_by_the_reranker_of_the_first_candidates(
     assert "best_of=3 needs all candidates" in message
 
 
+def test_first_of_several_captions_counts(system: Run, write_pictures: Callable[..., Path], tmp_path: Path) -> None:
+    reference = write_pictures(tmp_path / "reference", 4)
+    first = system(reference, f"samples={reference}", samples=True, out="a")
+    captions = [path.read_text() for path in sorted(reference.glob("*.txt"))]
+    for path, caption in zip(sorted(reference.glob("*.txt")), captions, strict=True):
+        path.write_text(f"\n {caption} \nanother caption\n")
+    system(reference, "caption=lines", "sample_dir=samples")
+    assert SampleRun.reopen(tmp_path / "samples").origin.prompts == captions
+    assert (
+        system(reference, f"samples={reference}", "caption=lines", samples=True, out="b")["numbers"] == first["numbers"]
+    )
+    error = system(reference, "samples=samples", "caption=lines", samples=True, out="c", code=1)["error"]
+    assert "caption says where captions stand, 'samples' has prompts in manifest.json; leave it out" in error
+    error = system(reference, f"samples={reference}", "caption=line", samples=True, out="c", code=1)["error"]
+    assert "caption must be text, lines or json:FIELD, got 'line'" in error
+
+
 def test_interrupted_sampling_goes_on_and_gives_the_same(
     system: Run, write_pictures: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

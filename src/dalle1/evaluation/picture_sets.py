@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from dalle1.data.captions import CaptionSource, draw_caption
 from dalle1.data.folders import TABLE_EXTENSIONS
 from dalle1.data.raw_sample import CAPTION, RawSample
 from dalle1.data.sample_index import SampleIndex
@@ -61,19 +62,28 @@ class Treatment:
 class PictureSet:
     """Pictures in a fixed order, and perhaps their captions."""
 
-    def __init__(self, samples: SampleIndex | Sequence[RawSample], *, captions: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        samples: SampleIndex | Sequence[RawSample],
+        *,
+        captions: Sequence[str] | None = None,
+        caption: str = "text",
+    ) -> None:
         """These samples.
 
         Args:
             samples: Not read yet; an index of millions takes less memory than a list of them.
             captions: One for each; without, they are those of the samples.
+            caption: Where captions of samples stand, as `data.captions.CaptionSource` takes it; of several the first
+                counts.
 
-        Raises: ValueError if there is none.
+        Raises: ValueError if there is none; as `CaptionSource`.
         """
         if not len(samples):
             raise ValueError("a set must have at least one picture, got none")
         self.samples = samples
         self._captions = captions
+        self._source = CaptionSource(setting=caption)
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -85,7 +95,15 @@ class PictureSet:
 
         Raises: ValueError if a picture has none.
         """
-        return list(self._captions) if self._captions is not None else [_caption(sample) for sample in self.samples]
+        return list(self._captions) if self._captions is not None else list(map(self._caption, self.samples))
+
+    def _caption(self, sample: RawSample) -> str:
+        if self._source.setting != "text" or sample.part(CAPTION) is not None:
+            return draw_caption(self._source.read(sample), None)
+        sampled = read_sampled_picture(sample.image())
+        if sampled is None:
+            raise ValueError(f"{sample.describe()} has no caption; write one into a .txt file of its name")
+        return sampled.prompt
 
     @cached_property
     def sha256(self) -> str:
@@ -151,12 +169,12 @@ class PictureSet:
             ) from error
 
 
-def open_pictures(patterns: Sequence[str]) -> PictureSet:
-    """The pictures in tar shards, folders and tables that paths or globs name.
+def open_pictures(patterns: Sequence[str], *, caption: str = "text") -> PictureSet:
+    """The pictures in tar shards, folders and tables that paths or globs name; `caption` as `PictureSet` takes it.
 
-    Raises: ValueError, TypeError or OSError as `data.sources.open_index`.
+    Raises: ValueError, TypeError or OSError as `data.sources.open_index` and `PictureSet`.
     """
-    return PictureSet(open_index(patterns))
+    return PictureSet(open_index(patterns), caption=caption)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -174,12 +192,3 @@ def _file_of(sample: RawSample, *, in_folder: bool) -> str:
     if sample.container.lower().endswith(TABLE_EXTENSIONS):
         return os.path.join(os.path.dirname(sample.container), sample.key)
     return sample.container
-
-
-def _caption(sample: RawSample) -> str:
-    if sample.part(CAPTION) is not None:
-        return sample.text()
-    sampled = read_sampled_picture(sample.image())
-    if sampled is None:
-        raise ValueError(f"{sample.describe()} has no caption; write one into a .txt file of its name")
-    return sampled.prompt

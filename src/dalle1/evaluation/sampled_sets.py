@@ -57,20 +57,24 @@ class SampledSet:
         return _of_files(self.run, names)
 
 
-def open_samples(place: str) -> SampledSet:
+def open_samples(place: str, *, caption: str | None = None) -> SampledSet:
     """A directory of sample.py, or any folder, shards or table of pictures with captions.
 
-    Raises: ValueError if a run is not complete, or lies deeper in the folders; OSError or ValueError as
-        `open_pictures`.
+    `caption` says where captions stand, as `PictureSet` takes it; a directory of sample.py knows its prompts.
+
+    Raises: ValueError if a run is not complete, or lies deeper in the folders, or for a `caption` that is not needed;
+        OSError or ValueError as `open_pictures`.
     """
     directory = Path(place)
     if not (directory / MANIFEST_NAME).is_file():
-        pictures = open_pictures([place])
+        pictures = open_pictures([place], caption=caption or "text")
         # All pictures of a run would count, where the best of each prompt was meant.
         for folder in {Path(sample.container, sample.key).parent for sample in pictures.samples}:
             if (folder / MANIFEST_NAME).is_file():
                 raise ValueError(f"samples must be a directory of sample.py itself, got {place!r}; give '{folder}'")
         return SampledSet(best=pictures, facts=pictures.facts)
+    if caption is not None:
+        raise ValueError(f"caption says where captions stand, {place!r} has prompts in {MANIFEST_NAME}; leave it out")
     run = SampleRun.reopen(directory)
     if not run.is_complete or len(run.entries) != len(run.origin.prompts):
         raise ValueError(

@@ -72,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `evaluate system`."""
     parser.add_argument("reference", nargs="+", metavar="REFERENCE", help="captioned pictures to compare with")
     parser.add_argument("--samples", help="a directory of sample.py, or pictures with captions; else some are sampled")
+    parser.add_argument(
+        "--caption",
+        help="where captions of samples, else of the reference, stand: text, lines or json:FIELD",
+    )
     defaults = _SAMPLING
     parser.add_argument("--transformer", help=f"(default: {defaults['transformer']})")
     parser.add_argument("--dvae", help=f"the transformer's own (default: {defaults['dvae']})")
@@ -96,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
     radii = [Treatment(blur=_number("blur", part, float)).blur for part in options.blur.split(",")]
     best_of = [] if options.best_of is None else [_number("best_of", part, int) for part in options.best_of.split(",")]
     out = choose_out(options)
-    reference = open_pictures(options.reference)
+    reference = open_pictures(options.reference, caption=options.caption or "text")
     rows = None if options.without is None else reference.rows_without(_read_keys(options.without))
     extractors = load_extractors(options)
     with joined_ranks() as ranks:
@@ -244,7 +248,7 @@ def _samples(
         for name in _SAMPLING:
             if getattr(options, name) is not None:
                 raise ValueError(f"{name} says how to sample, leave it out with samples={options.samples}")
-        return open_samples(options.samples)
+        return open_samples(options.samples, caption=options.caption)
     asked_for = options.reranker
     for name, value in _SAMPLING.items():
         if getattr(options, name) is None:
