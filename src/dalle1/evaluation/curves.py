@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping
 
 from PIL import Image
+
+from dalle1.evaluation.pictures import picture_of
 
 # What is drawn, if it was measured, and how it is called.
 _PANELS = {
@@ -39,6 +40,4 @@ def draw_best_of(numbers: Mapping[int, Mapping[str, float]]) -> Image.Image:
         axes.set_title(_PANELS[metric], fontsize=9)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer)
+    return picture_of(figure)

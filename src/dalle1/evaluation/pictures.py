@@ -7,6 +7,7 @@ import io
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dalle1.atomic_files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Steps of a sequence that fills the cube evenly (powers of 1 / g with g^4 = g + 1, Roberts 2018).
 _COLOR_STEPS = (0.8191725134, 0.6710436067, 0.5497004779)
@@ -79,6 +83,11 @@ def draw_code_use(counts: Int[Tensor, " vocab_size"], title: str) -> Image.Image
     axes.set_yscale("log")
     axes.set(xlim=(0, len(counts)), ylim=(0.5, None), xlabel="codes, most frequent first", ylabel="times used")
     axes.set_title(title, fontsize=9)
+    return picture_of(figure)
+
+
+def picture_of(figure: Figure) -> Image.Image:
+    """A figure of matplotlib as a picture, at its own resolution."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer)

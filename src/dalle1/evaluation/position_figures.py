@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any
-
 import numpy as np
 from PIL import Image
 
+from dalle1.evaluation.pictures import picture_of
 from dalle1.evaluation.transformer_likelihood import PositionNumbers
 
 
@@ -37,7 +35,7 @@ def draw_image_positions(positions: PositionNumbers) -> Image.Image:
     rows.yaxis.get_major_locator().set_params(integer=True)
     rows.grid(alpha=0.3)
     rows.legend(fontsize=7, frameon=False)
-    return _to_picture(figure)
+    return picture_of(figure)
 
 
 def draw_text_positions(positions: PositionNumbers) -> Image.Image:
@@ -59,10 +57,4 @@ def draw_text_positions(positions: PositionNumbers) -> Image.Image:
     below.set(xlabel="position in the caption; its end is a token too", ylabel="captions as long", ylim=(0, 1.05))
     below.set_xlim(-0.5, last - 0.5)
     below.xaxis.get_major_locator().set_params(integer=True)
-    return _to_picture(figure)
-
-
-def _to_picture(figure: Any) -> Image.Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer)
+    return picture_of(figure)

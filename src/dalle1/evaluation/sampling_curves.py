@@ -8,7 +8,6 @@ FID; and against the guidance scale. Writes `sampling_curves.json` and `sampling
 from __future__ import annotations
 
 import argparse
-import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from dalle1.checkpoint import load_image_tokenizer, load_transformer
 from dalle1.cli import errors_in_one_line
 from dalle1.data.fields import require_int
 from dalle1.decode_and_rank import PromptResult
-from dalle1.evaluation.pictures import save_picture, to_uint8
+from dalle1.evaluation.pictures import picture_of, save_picture, to_uint8
 from dalle1.evaluation.report import held_out_prompts
 from dalle1.evaluation.shapes_scorer import score
 from dalle1.pipeline import Pipeline, choose_device
@@ -181,9 +180,7 @@ def draw_curves(curves: dict[str, Any]) -> Image.Image:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer)
+    return picture_of(figure)
 
 
 def _draw_line(axes: Any, points: Sequence[dict[str, float]], x: str, *, label: str) -> None:
