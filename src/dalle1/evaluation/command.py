@@ -39,7 +39,14 @@ def add_shared_arguments(parser: argparse.ArgumentParser, *, seed: bool = True) 
     )
     if seed:
         parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, default=Path(DEFAULT_CACHE), help="of features (default: %(default)s)")
+    add_work_arguments(parser)
+
+
+def add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every evaluation: where it computes, and where it keeps and writes what."""
+    parser.add_argument(
+        "--cache", type=Path, default=Path(DEFAULT_CACHE), help="of what is done (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="directory to write to (default: runs/evaluations/<command>-<time>)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
 

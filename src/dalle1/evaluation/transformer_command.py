@@ -17,8 +17,7 @@ from dalle1.atomic_files import atomic_directory
 from dalle1.checkpoint import load_image_tokenizer, load_transformer
 from dalle1.data.token_shards import MANIFEST, SPLITS
 from dalle1.evaluation.captioned_tokens import CaptionedTokens
-from dalle1.evaluation.chunks import DEFAULT_CACHE
-from dalle1.evaluation.command import FILE_NAME, choose_out, write_evaluation
+from dalle1.evaluation.command import FILE_NAME, add_work_arguments, choose_out, write_evaluation
 from dalle1.evaluation.feature_sets import Numbers
 from dalle1.evaluation.pictures import save_picture
 from dalle1.evaluation.position_figures import draw_image_positions, draw_text_positions
@@ -56,11 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate_captions", choices=("true", "false"), default="false", help="(default: false)")
     parser.add_argument("--on_bad_sample", choices=("error", "skip"), default="error", help="(default: error)")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences computed at once (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
-    parser.add_argument(
-        "--cache", type=Path, default=Path(DEFAULT_CACHE), help="of what is done (default: %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, help="directory to write to (default: runs/evaluations/transformer-<time>)")
+    add_work_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
