@@ -24,6 +24,7 @@ from dalle1.evaluate import main
 from dalle1.evaluation.captioned_tokens import CaptionedTokens
 from dalle1.evaluation.position_figures import draw_image_positions, draw_text_positions
 from dalle1.evaluation.ranks import Ranks
+from dalle1.evaluation.transformer_command import format_numbers
 from dalle1.evaluation.transformer_likelihood import TransformerNumbers, evaluate_transformer
 from dalle1.models.transformer import DalleTransformer
 from dalle1.tokenizers.image import ImageTokenizer
@@ -150,6 +151,17 @@ def test_numbers_are_those_of_the_logits(
     content = json.loads(json.dumps(numbers.means_by_position(), allow_nan=False))
     assert content["image_nats_by_row"] == pytest.approx(image.mean(0).view(3, 4).mean(1).tolist(), rel=1e-5)
     assert content["text_nats"][-1] is None
+
+
+def test_one_sample_has_no_standard_errors(
+    pictures: Path, transformer: Loaded[DalleTransformer], evaluate: Callable[..., TransformerNumbers]
+) -> None:
+    for path in sorted(pictures.glob("*.png"))[1:]:
+        path.unlink()
+    numbers = evaluate([pictures], loaded=replace(transformer, caption_dropout=0.1))
+    assert numbers.values["samples"] == 1
+    assert not [name for name in numbers.values if name.endswith("_error")]
+    assert "±" not in format_numbers(numbers)
 
 
 def test_without_caption_dropout_nothing_is_said_of_captions(

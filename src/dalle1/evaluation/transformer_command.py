@@ -25,24 +25,24 @@ from dalle1.evaluation.ranks import joined_ranks
 from dalle1.evaluation.transformer_likelihood import TransformerNumbers, evaluate_transformer
 from dalle1.score import DEFAULT_DVAE, DEFAULT_TRANSFORMER
 
-_ROWS = {  # of the printed table: the name of a number, and of its standard error
-    "text_nats_per_token": None,
-    "text_accuracy": None,
-    "text_nats_per_caption": "text_nats_per_caption_error",
-    "text_tokens_per_caption": None,
-    "first_text_token_nats": None,
-    "caption_end_nats": None,
-    "image_nats_per_token": None,
-    "uniform_image_nats_per_token": None,
-    "image_accuracy": None,
-    "image_nats_per_picture": "image_nats_per_picture_error",
-    "image_bits_per_pixel_value": None,
-    "first_image_token_nats": None,
-    "last_image_token_nats": None,
-    "image_nats_per_token_without_caption": None,
-    "caption_gain_nats_per_picture": "caption_gain_nats_per_picture_error",
-    "caption_gain_share": None,
-}
+_ROWS = (  # of the printed table
+    "text_nats_per_token",
+    "text_accuracy",
+    "text_nats_per_caption",
+    "text_tokens_per_caption",
+    "first_text_token_nats",
+    "caption_end_nats",
+    "image_nats_per_token",
+    "uniform_image_nats_per_token",
+    "image_accuracy",
+    "image_nats_per_picture",
+    "image_bits_per_pixel_value",
+    "first_image_token_nats",
+    "last_image_token_nats",
+    "image_nats_per_token_without_caption",
+    "caption_gain_nats_per_picture",
+    "caption_gain_share",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,8 +99,8 @@ def format_numbers(numbers: TransformerNumbers) -> str:
     """The table that the command prints."""
     values = numbers.values
     rows = [
-        (name.replace("_", " "), f"{values[name]:.5g}", f"± {values[error]:.2g}" if error else "")
-        for name, error in _ROWS.items()
+        (name.replace("_", " "), f"{values[name]:.5g}", f"± {values[error]:.2g}" if error in values else "")
+        for name, error in ((name, f"{name}_error") for name in _ROWS)
         if name in values
     ]
     left_out = f", {values['bad_samples']:,} could not be used" if values["bad_samples"] else ""

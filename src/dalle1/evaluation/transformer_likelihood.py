@@ -159,12 +159,10 @@ def _numbers(
         "text_nats_per_token": float(text_nats.sum() / told.sum()),
         "text_accuracy": float(text_correct.sum() / told.sum()),
         "text_nats_per_caption": float(text_nats.sum()) / n,
-        "text_nats_per_caption_error": _standard_error(totals["moments"][0], n),
         "text_tokens_per_caption": float(told.sum()) / n,
         "image_nats_per_token": per_picture / n_tokens,
         "image_accuracy": float(image_correct.mean()),
         "image_nats_per_picture": per_picture,
-        "image_nats_per_picture_error": _standard_error(totals["moments"][1], n),
         "image_bits_per_pixel_value": per_picture / math.log(2) / n_values,
         "uniform_image_nats_per_token": math.log(config.image_vocab_size),
         "first_image_token_nats": float(image_nats[0, 0]),
@@ -181,9 +179,12 @@ def _numbers(
         values |= {
             "image_nats_per_token_without_caption": float(without.mean()),
             "caption_gain_nats_per_picture": float(totals["gain"][0]) / n,
-            "caption_gain_nats_per_picture_error": _standard_error(totals["gain"][:2], n),
             "caption_gain_share": float(totals["gain"][2]) / n,
         }
+    if n > 1:  # of one sample nobody knows
+        moments = {"text_nats_per_caption": totals["moments"][0], "image_nats_per_picture": totals["moments"][1]}
+        moments |= {} if gain is None else {"caption_gain_nats_per_picture": totals["gain"][:2]}
+        values |= {f"{name}_error": _standard_error(sums, n) for name, sums in moments.items()}
     positions = PositionNumbers(
         text_nats=text_nats / told,
         text_accuracy=text_correct / told,
@@ -196,10 +197,10 @@ def _numbers(
 
 
 def _standard_error(moments: Float[Tensor, " 2"], n: int) -> float:
-    """Of the mean of n values with this sum and sum of squares; 0 for one value."""
+    """Of the mean of n values, at least 2, with this sum and sum of squares."""
     total, squares = moments.tolist()
     variance = max(0.0, squares / n - (total / n) ** 2)
-    return math.sqrt(variance / (n - 1)) if n > 1 else 0.0
+    return math.sqrt(variance / (n - 1))
 
 
 def _plain(value: Any) -> Any:
