@@ -4,8 +4,9 @@ Transformers of six sizes train for the same number of updates on the same pictu
 learning rate falls to its end, as a run that was stopped on the way would count too high. Their last validation losses
 against the operations of their training are fitted with L(C) = L0 + (C / C1)^-a: L0 is what no compute takes away, the
 scatter of places and sizes that captions do not tell (Henighan et al. 2020, "Scaling laws for autoregressive generative
-modeling", eq. 1.1). Learning rates go with 1 / width, as Adam's in Yang et al. 2022, "Tensor programs V", table 3; the
-demo's is for a width of 128.
+modeling", eq. 1.1). As all have as many updates, compute grows with the size alone: that paper's law is of the best
+size for each compute, which needs runs of several lengths. Learning rates of all weights go with 1 / width, as Adam's
+of hidden matrices in Yang et al. 2022, "Tensor programs V", table 3; the demo's is for a width of 128.
 
 Writes `scaling_law.json` and a picture of the curves and the fit. Runs that are there already are not made again.
 """
