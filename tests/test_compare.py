@@ -177,7 +177,8 @@ def test_failed_and_unfinished_runs_have_rows(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("status.json", b"{", "must be a run's status.json"),
-        ("config.yaml", b"a: [", "config.yaml' must be YAML, it is not"),
+        ("config.yaml", b"a: [", "config.yaml' must be YAML without loops, it is not"),
+        ("config.yaml", b"a: &a {b: *a}", "config.yaml' must be YAML without loops, it is not"),
         ("config.yaml", b"- a", "config.yaml' must hold options"),
         ("config.yaml", b"!!python/object/apply:os.system ['false']", "config.yaml' must be YAML"),
         ("summary.json", b"nothing", "summary.json' must be JSON"),
@@ -323,6 +324,16 @@ def test_hostile_names_stay_text(tmp_path: Path, call: Callable[..., str]) -> No
     # Nothing is loaded: no address but that of the SVG's own clip paths.
     assert not [value for name, value in elements.attributes if name in ("src", "href") and value != "data:,"]
     assert any((value or "").startswith("default-src 'none'") for name, value in elements.attributes)
+
+
+def test_page_has_options_as_the_table_has_them(tmp_path: Path, call: Callable[..., str]) -> None:
+    for name, (clip, compiled) in {"a": (None, True), "b": (0.5, False)}.items():
+        make_run(tmp_path / name, config=options(optim__clip=clip, optim__compiled=compiled))
+    printed = call(tmp_path, f"out={tmp_path / 'page.html'}").split()
+    page = (tmp_path / "page.html").read_text()
+    for text in ("null", "true", "0.5", "false"):
+        assert text in printed
+        assert f'<td data-value="{text}">{text}</td>' in page
 
 
 def test_files_hold_the_same_numbers(tmp_path: Path, call: Callable[..., str]) -> None:

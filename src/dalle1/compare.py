@@ -24,7 +24,7 @@ from dalle1.atomic_files import atomic, write_json
 from dalle1.cli import OptionError, dashed_options, errors_in_one_line
 from dalle1.comparison_page import render_comparison
 from dalle1.html_page import for_json
-from dalle1.run_records import RunRecord, differing_options, find_runs, read_run
+from dalle1.run_records import RunRecord, differing_options, find_runs, option_text, read_run
 
 # Sorting by these names; all others are options.
 SORTABLE = ("best", "last", "run", "wall_seconds", "pictures_per_second", "n_weights")
@@ -148,7 +148,7 @@ def _number(value: float | None) -> str:
 
 def format_option(value: Any) -> str:
     """An option's value as the command line takes it, cut if it is long."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = option_text(value)
     return text if len(text) <= _LONGEST_CELL else f"{text[: _LONGEST_CELL - 3]}..."
 
 

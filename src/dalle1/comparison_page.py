@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from dalle1.html_page import for_json, render_page
+from dalle1.run_records import option_text
 
 Curve = Sequence[tuple[int, float]]
 # Of a chart, in units of its view box; the margins hold the numbers.
@@ -71,6 +72,7 @@ def render_comparison(comparison: Mapping[str, Any], curves: Mapping[str, Mappin
         directory=comparison["directory"],
         created=f"{datetime.fromisoformat(comparison['created']):%Y-%m-%d %H:%M %Z}",
         groups=groups,
+        option_text=option_text,
         styles=[style_of(number) for number in range(max((len(group["runs"]) for group in groups), default=0))],
         size={"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
     )

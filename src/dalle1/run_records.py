@@ -193,6 +193,11 @@ def differing_options(runs: Sequence[RunRecord]) -> list[str]:
     return [name for name, column in differing.items() if not is_repeated(name, column)]
 
 
+def option_text(value: Any) -> str:
+    """An option's value as the command line takes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _state(status: RunStatus | None, summary: Mapping[str, Any], now: float) -> str:
     if status:
         return status.seen(now)
@@ -221,8 +226,9 @@ def _read_config(path: Path, problems: list[str]) -> Mapping[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, Loader=_LOADER)
+        json.dumps(content, default=str, skipkeys=True)  # refuses what contains itself, as references can make it
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        problems.append(f"'{path}' must be YAML, it is not ({' '.join(str(error).split())[:100]})")
+        problems.append(f"'{path}' must be YAML without loops, it is not ({' '.join(str(error).split())[:100]})")
         return {}
     if not isinstance(content, dict):
         problems.append(f"'{path}' must hold options, it does not")
