@@ -338,8 +338,10 @@ def test_command_writes_what_it_prints(
     main()
     printed = capsys.readouterr().out
     content = json.loads((out / "evaluation.json").read_text())
-    assert content["numbers"] == pytest.approx(evaluate([pictures]).values)
-    assert f"image nats per token          {content['numbers']['image_nats_per_token']:.5g}" in printed
+    values = evaluate([pictures]).values
+    counts = {name: values.pop(name) for name in ("samples", "bad_samples")}
+    assert content["numbers"] == pytest.approx(counts | {f"{name}[n=7]": value for name, value in values.items()})
+    assert f"image nats per token          {values['image_nats_per_token']:.5g}" in printed
     assert "7 captioned pictures" in printed
     assert content["settings"]["batch_size"] == 3
     assert sorted(path.name for path in out.iterdir()) == [

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
         with atomic_directory(out) as directory:
             write_evaluation(
                 directory,
-                Numbers(values=numbers.values, notes=[]),
+                named_numbers(numbers),
                 options=options,
                 extractors=[],
                 sets={"pictures": samples.facts},
@@ -93,6 +93,16 @@ def run(options: argparse.Namespace) -> None:
             save_picture(draw_text_positions(numbers.positions), directory / "text_positions.png")
     print(format_numbers(numbers))
     print(f"numbers: {out / FILE_NAME}")
+
+
+def named_numbers(numbers: TransformerNumbers) -> Numbers:
+    """Under names that say of how many captioned pictures they are, as those of all evaluations do."""
+    n = numbers.values["samples"]
+    values = {
+        name if name in ("samples", "bad_samples") else f"{name}[n={n}]": value
+        for name, value in numbers.values.items()
+    }
+    return Numbers(values=values, notes=[])
 
 
 def format_numbers(numbers: TransformerNumbers) -> str:
