@@ -300,17 +300,25 @@ class SampleRun:
         write_json(self._choice_path(prompt), {"choice": asdict(choice), "entry": entry})
         self._entries[prompt] = entry
 
-    def finish(self, *, settings: Mapping[str, Any], reranker: Mapping[str, Any] | None, complete: bool) -> WrittenRun:
+    def finish(
+        self,
+        *,
+        settings: Mapping[str, Any],
+        reranker: Mapping[str, Any] | None,
+        complete: bool,
+        with_grids: bool = True,
+    ) -> WrittenRun:
         """Write grids, gallery and manifest of all that was written; pictures that are no longer kept go.
 
         Args:
             settings: Of the run, in plain types.
             reranker: What identifies it (`Reranker.facts`).
             complete: Whether all that was asked for is there.
+            with_grids: Whether to; they have every picture once more, so that thousands are too many to look at.
         """
         self.begin()
         prompts = [self._entries[number] for number in sorted(self._entries)]
-        grids = self._write_grids(prompts)
+        grids = self._write_grids(prompts) if with_grids else []
         self._manifest |= {
             "complete": complete,
             "versions": versions(),

@@ -104,7 +104,7 @@ def sample_pictures(
     settings: Mapping[str, Any],
     ranks: Ranks,
 ) -> SampledSet:
-    """Sample pictures of all prompts into a directory of `sample.py`'s form; what is there already stays.
+    """Sample pictures of all prompts into a directory of `sample.py`'s form without grids; what is there stays.
 
     Each process samples every `world_size`-th prompt. A picture depends on its prompt and the seed, not on who samples
     it. Of each prompt the best of all candidates is written, and the best of the first n for each n in `best_of`.
@@ -163,7 +163,8 @@ def sample_pictures(
     if ranks.is_first:
         for number in range(len(prompts)):
             assert run.find_written(number, choice), "some process has written it"
-        run.finish(settings={**settings, BEST_OF_KEY: counts}, reranker=reranker, complete=True)
+        settings = {**settings, BEST_OF_KEY: counts}
+        run.finish(settings=settings, reranker=reranker, complete=True, with_grids=False)
     ranks.wait()
     return open_samples(str(place))
 
