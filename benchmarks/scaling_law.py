@@ -52,14 +52,14 @@ def options_of(n_layers: int, d_model: int, *, updates: int) -> list[str]:
 
 
 def fit_power_law(compute: np.ndarray, loss: np.ndarray) -> dict[str, Any]:
-    """L0, C1 and a of L(C) = L0 + (C / C1)^-a, and one standard error of each where there are more than 3 points.
+    """L0, C1 and a of L(C) = L0 + (C / C1)^-a, and one standard error of each.
 
     Fitted to the relative errors. L0 is held in [0, the least loss), and a above 0.
 
-    Raises: ValueError for fewer than 3 points.
+    Raises: ValueError for fewer than 4 points.
     """
-    if len(compute) < 3:
-        raise ValueError(f"a fit of 3 numbers needs at least 3 points, got {len(compute)}")
+    if len(compute) < 4:
+        raise ValueError(f"a fit of 3 numbers and their errors needs at least 4 points, got {len(compute)}")
 
     def law(log_compute: np.ndarray, floor: float, log_scale: float, exponent: float) -> np.ndarray:
         return floor + np.exp(-exponent * (log_compute - log_scale))
@@ -72,11 +72,8 @@ def fit_power_law(compute: np.ndarray, loss: np.ndarray) -> dict[str, Any]:
         law, log_compute, loss, p0=start, sigma=loss, bounds=bounds, maxfev=100_000, x_scale=np.maximum(start, 1e-3)
     )
     floor, log_scale, exponent = found
-    result: dict[str, Any] = {"L0": float(floor), "C1": float(np.exp(log_scale)), "a": float(exponent)}
-    if len(compute) > 3:
-        errors = np.sqrt(np.diag(covariance))
-        result["standard_errors"] = {"L0": float(errors[0]), "ln C1": float(errors[1]), "a": float(errors[2])}
-    return result
+    errors = dict(zip(("L0", "ln C1", "a"), np.sqrt(np.diag(covariance)).tolist(), strict=True))
+    return {"L0": float(floor), "C1": float(np.exp(log_scale)), "a": float(exponent), "standard_errors": errors}
 
 
 def measure(size: tuple[int, int], run_dir: Path, *, results: Path, tokens: Path, updates: int) -> dict[str, Any]:

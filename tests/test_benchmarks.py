@@ -107,8 +107,8 @@ def test_a_scaling_law_is_found_in_points_that_lie_on_it(monkeypatch: pytest.Mon
     assert found["a"] == pytest.approx(0.4, rel=1e-3)
     assert found["C1"] == pytest.approx(3e10, rel=1e-2)
     assert all(error < 1e-3 for error in found["standard_errors"].values())
-    with pytest.raises(ValueError, match="at least 3 points, got 2"):
-        law.fit_power_law(compute[:2], compute[:2])
+    with pytest.raises(ValueError, match="at least 4 points, got 3"):
+        law.fit_power_law(compute[:3], compute[:3])
 
 
 def test_sizes_of_the_scaling_law_are_transformers_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
