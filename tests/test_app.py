@@ -331,7 +331,7 @@ def test_own_names_are_answered(client: httpx.Client, host: str) -> None:
     assert client.get("/facts", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", ""])
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "http://[", ""])
 def test_other_pages_are_refused(client: httpx.Client, origin: str) -> None:
     answer = client.post("/requests", json={"prompt": "a"}, headers={"Origin": origin})
     assert _error(answer, 403) == "requests of other web pages are refused"
@@ -566,6 +566,8 @@ def test_configuration_states_the_limits_that_hold_without_it() -> None:
         (["top_p=2"], "top_p must be in"),
         (["checkpoint=nothing.ckpt"], "no checkpoint at 'nothing.ckpt'; correct checkpoint="),
         (["checkpoint=."], "checkpoint must be a file RESULTS/transformer/checkpoints/*, got '.'"),
+        (["checkpoint=a.ckpt", "transformer=b.ckpt"], "leave out one of them, got transformer=b.ckpt"),
+        (["checkpoint=a.ckpt", "results_dir=b"], "leave out one of them, got results_dir=b"),
         (["port=0", "name=nothing"], "no dvae at 'runs/nothing/dvae/checkpoints/last.ckpt'"),
     ],
 )
@@ -585,6 +587,7 @@ def test_wrong_option_is_told_in_one_sentence(
         ("compile=1", "compile must be true or false, got 1"),
         ("batch_size=0", "batch_size must be >= 1, got 0"),
         ("guidance_scale=2", "guidance needs a transformer trained with"),
+        ("negative_prompt=b", "negative_prompt needs a guidance_scale other than 1, got 1"),
         ("precision=fp8", "precision must be one of"),
         ("preview_share=2", "preview_share must be in [0, 1], got 2"),
     ],

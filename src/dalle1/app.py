@@ -69,6 +69,7 @@ def serve(cfg: DictConfig) -> None:
         studio = Studio(pipeline, kept, decoding, {option: settings[option] for option in _FOR_ALL})
         start = {option: settings[option] for option in _START} | asdict(sampling)
         start["guidance_scale"] = _guidance_scale(cfg, pipeline)
+        _check_negative_prompt(cfg.negative_prompt, start["guidance_scale"], pipeline)
         server = Server(studio, pipeline, kept, limits=limits, start=start)
 
         class Quick(uvicorn.Server):
@@ -94,10 +95,14 @@ def serve(cfg: DictConfig) -> None:
 def _follow_checkpoint(cfg: DictConfig) -> None:
     """Let `checkpoint` stand for its results: dVAE and CLIP are those beside it, unless they are named themselves.
 
-    Raises: FileNotFoundError if it is not there; ValueError if it does not lie among results.
+    Raises: FileNotFoundError if it is not there; ValueError if it does not lie among results, or if what it stands for
+        is given too.
     """
     if cfg.checkpoint is None:
         return
+    for option in ("transformer", "results_dir"):
+        if not OmegaConf.is_interpolation(cfg, option):
+            raise ValueError(f"checkpoint says what {option} is, so leave out one of them, got {option}={cfg[option]}")
     path = Path(cfg.checkpoint)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at '{path}'; correct checkpoint=")
@@ -115,6 +120,15 @@ def _guidance_scale(cfg: DictConfig, pipeline: Pipeline) -> float:
         return pipeline.default_guidance_scale
     pipeline.check_guidance(cfg.guidance_scale)
     return float(cfg.guidance_scale)
+
+
+def _check_negative_prompt(negative_prompt: str | None, guidance_scale: float, pipeline: Pipeline) -> None:
+    """The page hides what a model has no use for, so nobody could take it out there."""
+    if negative_prompt is None:
+        return
+    pipeline.check_prompts([negative_prompt], name="negative_prompt")
+    if guidance_scale == 1:
+        raise ValueError("negative_prompt needs a guidance_scale other than 1, got 1; leave it out, or set that")
 
 
 def _listen(host: str, port: int) -> socket.socket:
