@@ -125,6 +125,24 @@ def test_larger_grid_in_the_same_directory_makes_what_is_missing(sweep: Sweep, j
     assert jobs.made[6:] == [(1, 1)]
 
 
+def test_order_of_options_makes_no_other_job(sweep: Sweep, jobs: Jobs) -> None:
+    sweep("lr=1,2", "width=3")
+    record = sweep("width=3", "lr=2,1")
+    assert (len(record), jobs.made) == (2, [(1, 3), (2, 3)])
+
+
+@pytest.mark.parametrize("sweeper", ["dalle1_grid", "dalle1_optuna"])
+def test_option_can_be_left_out_of_all_jobs(sweep: Sweep, jobs: Jobs, sweeper: str) -> None:
+    jobs.before = lambda cfg: "mode" not in cfg
+    record = sweep(f"hydra/sweeper={sweeper}", "~mode", "lr=1,2", *["hydra.sweeper.n_trials=2"] * ("optuna" in sweeper))
+    assert [record[number].status for number in (0, 1)] == ["finished"] * 2
+
+
+def test_grid_of_an_interval_is_refused(sweep: Sweep, capfd: pytest.CaptureFixture[str]) -> None:
+    sweep("lr=interval(0,1)", code=2)
+    assert "lr must have single values, got an interval" in capfd.readouterr().err
+
+
 def test_signal_stops_the_job_and_the_sweep_and_the_same_command_goes_on(sweep: Sweep, jobs: Jobs) -> None:
     def before(cfg: DictConfig) -> bool | None:
         if cfg.lr == 2:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _SUBDIR = "${hydra:job.num}"  # of conf/train.yaml
+
+
+def fixed_option(override: Override) -> str:
+    """An option that has one value in all jobs, as the command line has it."""
+    name = override.get_key_element()
+    # Hydra's own sweeper gives an option that is left out, `~name`, a value, which Hydra then refuses.
+    is_left_out = override.is_delete() and override.value() is None
+    return name if is_left_out else f"{name}={override.get_value_element_as_str()}"
 
 
 class LaunchedJobs:

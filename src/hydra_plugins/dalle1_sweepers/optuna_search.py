@@ -19,7 +19,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.dalle1_sweepers.launched_jobs import LaunchedJobs
+from hydra_plugins.dalle1_sweepers.launched_jobs import LaunchedJobs, fixed_option
 
 if TYPE_CHECKING:
     import optuna
@@ -128,9 +128,8 @@ class OptunaSweeper(Sweeper):
             # A sampler of its own for each trial, so that a search that was interrupted chooses what it would have.
             study.sampler = self._make_sampler(number)
             study.ask(fixed_distributions=space)
-        known = {trial.number for trial in left}
         new = [trial for trial in _running(study) if trial.number >= n_trials]
-        return [*(trial for trial in left if trial.number in known), *new][: self._n_jobs]
+        return [*left, *new][: self._n_jobs]
 
     def _make_sampler(self, number: int) -> optuna.samplers.BaseSampler:
         import optuna
@@ -199,7 +198,7 @@ def parse_space(overrides: Sequence[Override]) -> tuple[list[str], dict[str, Bas
         name = override.get_key_element()
         value = override.value()
         if not override.is_sweep_override():
-            fixed.append(name if override.is_delete() else f"{name}={override.get_value_element_as_str()}")
+            fixed.append(fixed_option(override))
         elif isinstance(value, IntervalSweep | RangeSweep):
             space[name] = _numbers(name, value)
         else:
