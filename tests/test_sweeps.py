@@ -356,6 +356,25 @@ def test_metric_that_runs_do_not_have_ends_the_search_and_can_be_corrected(
     assert len(jobs.made) == 2
 
 
+def test_search_whose_options_were_wrong_can_be_corrected(sweep: Sweep, jobs: Jobs, tmp_path: Path) -> None:
+    sweep("hydra/sweeper=dalle1_optuna", "wdth=choice(1,5)", "hydra.sweeper.direction=maximize", code=2)
+    sweep(*SEARCH, "hydra.sweeper.n_trials=1")
+    assert (len(jobs.made), len(study(tmp_path).trials)) == (1, 1)
+    assert study(tmp_path).direction == optuna.study.StudyDirection.MINIMIZE
+
+
+def test_another_search_is_refused_before_the_first_trial_has_finished(
+    sweep: Sweep, jobs: Jobs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def before(cfg: DictConfig) -> None:
+        raise KeyboardInterrupt
+
+    jobs.before = before
+    sweep(*SEARCH, code=130)
+    sweep("hydra/sweeper=dalle1_optuna", "lr=interval(0.0,9.0)", code=1)
+    assert "a search must go on with the options that it began with" in capfd.readouterr().err
+
+
 def test_another_search_in_the_same_directory_is_refused(sweep: Sweep, capfd: pytest.CaptureFixture[str]) -> None:
     sweep(*SEARCH, "hydra.sweeper.n_trials=1")
     sweep(*SEARCH, "mode=eval", "hydra.sweeper.n_trials=2", code=1)

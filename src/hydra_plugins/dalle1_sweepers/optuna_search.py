@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 STUDY, BEST = "study.journal", "best.yaml"
+_NAME = "dalle1"
 _IDENTITY = "search"  # attribute of the study: what must stay the same when a search goes on
 # A trial in which the whole sweep died so often may be what it dies of.
 _MAX_INTERRUPTIONS = 3
@@ -90,16 +92,24 @@ class OptunaSweeper(Sweeper):
         from optuna.storages.journal import JournalFileBackend, JournalStorage
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(jobs.directory / STUDY))),
-            study_name="dalle1",
+        storage = JournalStorage(JournalFileBackend(str(jobs.directory / STUDY)))
+        create = partial(
+            optuna.create_study,
+            storage=storage,
+            study_name=_NAME,
             direction=optuna.study.StudyDirection[self._direction.upper()],
             load_if_exists=True,
         )
+        study = create()
+        has_finished = any(trial.state.is_finished() for trial in study.trials)
+        if not has_finished and not jobs.known:  # Hydra has refused the options before anything was launched
+            optuna.delete_study(study_name=_NAME, storage=storage)
+            study = create()
         identity = {"options": sorted(arguments), "metric": self._metric, "direction": self._direction}
         before = study.user_attrs.get(_IDENTITY, identity)
         changed = [name for name in identity if before[name] != identity[name]]
-        if changed and any(trial.state.is_finished() for trial in study.trials):
+        # That runs do not have a metric is seen when the first one has ended.
+        if changed and (has_finished or changed != ["metric"]):
             raise ValueError(
                 f"a search must go on with the {' and '.join(changed)} that it began with, {before[changed[0]]}, got "
                 f"{identity[changed[0]]}; choose another hydra.sweep.dir="
