@@ -273,6 +273,21 @@ def test_failed_trial_counts_and_is_not_tried_again(sweep: Sweep, jobs: Jobs, tm
     assert len(jobs.made) == 5 - len(failed)
 
 
+def test_trial_that_was_stopped_alone_goes_on_at_once(sweep: Sweep, jobs: Jobs, tmp_path: Path) -> None:
+    answers = iter([False, None, None])
+    begun: list[float] = []
+
+    def before(cfg: DictConfig) -> bool | None:
+        begun.append(cfg.lr)
+        return next(answers)
+
+    jobs.before = before
+    sweep(*SEARCH, "hydra.sweeper.n_trials=2")
+    assert begun[0] == begun[1] != begun[2]
+    assert [lr for lr, _ in jobs.made] == begun[1:]
+    assert [trial.state for trial in study(tmp_path).trials] == [TrialState.COMPLETE] * 2
+
+
 def test_search_in_which_all_fail_says_so(sweep: Sweep, jobs: Jobs, capfd: pytest.CaptureFixture[str]) -> None:
     def before(cfg: DictConfig) -> None:
         raise OSError("the disk must have room, got none")
