@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dalle1.cli import run_script
 from dalle1.data.fields import require_int
@@ -53,6 +53,9 @@ def serve(cfg: DictConfig) -> None:
     require_int("candidates", cfg.candidates, at_least=1)
     if cfg.candidates > limits.candidates:
         raise ValueError(f"candidates must be at most limits.candidates, {limits.candidates}, got {cfg.candidates}")
+    hosts = cfg.allowed_hosts
+    if not (isinstance(hosts, ListConfig) and all(isinstance(name, str) for name in hosts)):
+        raise ValueError(f"allowed_hosts must be a list of names, as [box.example.org], got {hosts}")
     sampling = sampling_config(cfg)
     with _listen(cfg.host, cfg.port) as listener, tempfile.TemporaryDirectory(prefix="dalle1-app-") as directory:
         pipeline = load_pipeline(cfg)
@@ -80,7 +83,7 @@ def serve(cfg: DictConfig) -> None:
                 super().handle_exit(sig, frame)
 
         config = uvicorn.Config(
-            make_app(server, names=[*cfg.allowed_hosts, cfg.host]),
+            make_app(server, names=[*hosts, cfg.host]),
             log_level="warning",
             limit_concurrency=_MOST_CONNECTIONS,
             server_header=False,
