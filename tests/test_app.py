@@ -588,7 +588,7 @@ def test_wrong_option_is_told_in_one_sentence(
         ("compile=1", "compile must be true or false, got 1"),
         ("batch_size=0", "batch_size must be >= 1, got 0"),
         ("guidance_scale=2", "guidance needs a transformer trained with"),
-        ("negative_prompt=b", "negative_prompt needs a guidance_scale other than 1, got 1"),
+        ("negative_prompt=b", "a negative prompt needs a guidance_scale other than 1, got 1"),
         ("precision=fp8", "precision must be one of"),
         ("preview_share=2", "preview_share must be in [0, 1], got 2"),
     ],

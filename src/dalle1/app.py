@@ -72,7 +72,6 @@ def serve(cfg: DictConfig) -> None:
         studio = Studio(pipeline, kept, decoding, {option: settings[option] for option in _FOR_ALL})
         start = {option: settings[option] for option in _START} | asdict(sampling)
         start["guidance_scale"] = _guidance_scale(cfg, pipeline)
-        _check_negative_prompt(cfg.negative_prompt, start["guidance_scale"], pipeline)
         server = Server(studio, pipeline, kept, limits=limits, start=start)
 
         class Quick(uvicorn.Server):
@@ -119,19 +118,10 @@ def _follow_checkpoint(cfg: DictConfig) -> None:
 
 
 def _guidance_scale(cfg: DictConfig, pipeline: Pipeline) -> float:
-    if cfg.guidance_scale is None:
-        return pipeline.default_guidance_scale
-    pipeline.check_guidance(cfg.guidance_scale)
-    return float(cfg.guidance_scale)
-
-
-def _check_negative_prompt(negative_prompt: str | None, guidance_scale: float, pipeline: Pipeline) -> None:
-    """The page hides what a model has no use for, so nobody could take it out there."""
-    if negative_prompt is None:
-        return
-    pipeline.check_prompts([negative_prompt], name="negative_prompt")
-    if guidance_scale == 1:
-        raise ValueError("negative_prompt needs a guidance_scale other than 1, got 1; leave it out, or set that")
+    scale = pipeline.default_guidance_scale if cfg.guidance_scale is None else float(cfg.guidance_scale)
+    # The page hides what its model has no use for, so nobody could change it there.
+    pipeline.check_guidance(scale, cfg.negative_prompt)
+    return scale
 
 
 def _listen(host: str, port: int) -> socket.socket:
