@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -163,6 +164,20 @@ def test_job_that_was_stopped_alone_does_not_end_the_sweep(sweep: Sweep, jobs: J
     jobs.before = lambda cfg: False if cfg.lr == 1 else None
     record = sweep("lr=1,2")
     assert [record[number].status for number in (0, 1)] == ["stopped", "finished"]
+
+
+@pytest.mark.parametrize("message", ["first line\nthe queue must be open", ""])
+def test_launcher_that_gives_up_is_told(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], message: str
+) -> None:
+    def launch(*_: Any, **__: Any) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: SimpleNamespace(launch=launch))
+    record = sweep("lr=1,2", code=1)
+    said = "the queue must be open" if message else "RuntimeError('')"
+    assert f"the launcher must see all jobs end, it has given up ({said})" in capfd.readouterr().err
+    assert {job.status for job in record.values()} == {"waiting"}
 
 
 def test_sweep_shows_the_metric_that_it_was_asked_for(sweep: Sweep) -> None:

@@ -33,6 +33,11 @@ def fixed_option(override: Override) -> str:
     return name if is_left_out else f"{name}={override.get_value_element_as_str()}"
 
 
+def _last_line(error: object) -> str:
+    """What an error says at the end; some say nothing but what they are."""
+    return (str(error).strip() or repr(error)).splitlines()[-1]
+
+
 class LaunchedJobs:
     """The jobs of one sweep, by number; job n is in the directory n of the sweep's.
 
@@ -81,7 +86,7 @@ class LaunchedJobs:
                 results = self._launcher.launch(batch, initial_job_idx=min(overrides))
             except Exception as error:
                 raise ChildProcessError(
-                    f"the launcher must see all jobs end, it has given up ({str(error).strip().splitlines()[-1]}); "
+                    f"the launcher must see all jobs end, it has given up ({_last_line(error)}); "
                     f"those that go on say so in '{self.directory}', and the same command goes on with all others"
                 ) from error
             if self._record.is_asked_to_stop():
@@ -89,7 +94,7 @@ class LaunchedJobs:
         jobs = self._record.jobs()
         for number, result in zip(overrides, results, strict=True):
             if jobs[number].status in ("waiting", "running"):  # it has failed before it could say anything
-                self._record.note(number, "failed", error=str(result._return_value).strip().splitlines()[-1])
+                self._record.note(number, "failed", error=_last_line(result._return_value))
         self.known = self._record.jobs()
         return {number: self.known[number] for number in overrides}
 
