@@ -331,7 +331,7 @@ def test_own_names_are_answered(client: httpx.Client, host: str) -> None:
     assert client.get("/facts", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", ""])
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "http://[", ""])
 def test_other_pages_are_refused(client: httpx.Client, origin: str) -> None:
     answer = client.post("/requests", json={"prompt": "a"}, headers={"Origin": origin})
     assert _error(answer, 403) == "requests of other web pages are refused"
@@ -560,12 +560,15 @@ def test_configuration_states_the_limits_that_hold_without_it() -> None:
         (["candidates=65"], "candidates must be at most limits.candidates, 64, got 65"),
         (["limits.waiting=0"], "limits.waiting must be >= 1, got 0"),
         (["limits.upload_megabytes=-1"], "limits.upload_megabytes must be a number above 0, got -1"),
+        (["allowed_hosts=box.example.org"], "must be a list of names, as [box.example.org], got box"),
         (["port=65536"], "port must be at most 65535, got 65536"),
         (["port=abc"], "port must be an integer >= 0, got 'abc'"),
         (["host=256.1.1.1"], "cannot take connections at 256.1.1.1:7860"),
         (["top_p=2"], "top_p must be in"),
         (["checkpoint=nothing.ckpt"], "no checkpoint at 'nothing.ckpt'; correct checkpoint="),
         (["checkpoint=."], "checkpoint must be a file RESULTS/transformer/checkpoints/*, got '.'"),
+        (["checkpoint=a.ckpt", "transformer=b.ckpt"], "leave out one of them, got transformer=b.ckpt"),
+        (["checkpoint=a.ckpt", "results_dir=b"], "leave out one of them, got results_dir=b"),
         (["port=0", "name=nothing"], "no dvae at 'runs/nothing/dvae/checkpoints/last.ckpt'"),
     ],
 )
@@ -585,6 +588,7 @@ def test_wrong_option_is_told_in_one_sentence(
         ("compile=1", "compile must be true or false, got 1"),
         ("batch_size=0", "batch_size must be >= 1, got 0"),
         ("guidance_scale=2", "guidance needs a transformer trained with"),
+        ("negative_prompt=b", "a negative prompt needs a guidance_scale other than 1, got 1"),
         ("precision=fp8", "precision must be one of"),
         ("preview_share=2", "preview_share must be in [0, 1], got 2"),
     ],

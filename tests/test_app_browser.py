@@ -341,7 +341,8 @@ def test_requests_of_before_are_there_after_loading_again_until_they_go(open_pag
     other = open_page()
     for number in range(3):  # four are kept
         _sample(other, str(number), 1)
-    page.locator("#past button").nth(1).click()
+    page.evaluate("() => { const gone = document.querySelectorAll('#past button')[1]; gone.click(); gone.click(); }")
+    page.wait_for_load_state("networkidle")
     expect(page.get_by_role("alert")).to_have_text(
         "the pictures of this request are not kept any more; sample them again"
     )

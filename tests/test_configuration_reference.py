@@ -67,6 +67,12 @@ def test_page_has_every_option_of_training_as_hydra_composes_it(stage: str, expe
         }
 
 
+def test_page_has_what_holds_where_an_experiment_says_nothing() -> None:
+    row = next(line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| `truncate_captions` |"))
+    assert composed("train", "stage=dvae")["truncate_captions"] is False
+    assert "| else: `false`; cc3m_small, " in row
+
+
 @pytest.mark.parametrize("choice", [path.stem for path in sorted((CONF / "trainer").glob("*.yaml"))])
 def test_files_that_build_on_others_have_their_values(choice: str) -> None:
     expected = composed("train", "stage=dvae", f"trainer={choice}")

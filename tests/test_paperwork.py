@@ -47,6 +47,8 @@ def package(**fields: str | list[str]) -> Message:
             "BSD",
         ),
         ({"Classifier": ["License :: OSI Approved :: MIT License"]}, "MIT"),
+        ({"License": "UNKNOWN", "Classifier": ["License :: OSI Approved :: MIT License"]}, "MIT"),
+        ({"License": "UNKNOWN"}, None),
     ],
 )
 def test_licence_is_what_a_package_names(fields: dict[str, str | list[str]], name: str | None) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -125,6 +126,24 @@ def test_larger_grid_in_the_same_directory_makes_what_is_missing(sweep: Sweep, j
     assert jobs.made[6:] == [(1, 1)]
 
 
+def test_order_of_options_makes_no_other_job(sweep: Sweep, jobs: Jobs) -> None:
+    sweep("lr=1,2", "width=3")
+    record = sweep("width=3", "lr=2,1")
+    assert (len(record), jobs.made) == (2, [(1, 3), (2, 3)])
+
+
+@pytest.mark.parametrize("sweeper", ["dalle1_grid", "dalle1_optuna"])
+def test_option_can_be_left_out_of_all_jobs(sweep: Sweep, jobs: Jobs, sweeper: str) -> None:
+    jobs.before = lambda cfg: "mode" not in cfg
+    record = sweep(f"hydra/sweeper={sweeper}", "~mode", "lr=1,2", *["hydra.sweeper.n_trials=2"] * ("optuna" in sweeper))
+    assert [record[number].status for number in (0, 1)] == ["finished"] * 2
+
+
+def test_grid_of_an_interval_is_refused(sweep: Sweep, capfd: pytest.CaptureFixture[str]) -> None:
+    sweep("lr=interval(0,1)", code=2)
+    assert "lr must have single values, got an interval" in capfd.readouterr().err
+
+
 def test_signal_stops_the_job_and_the_sweep_and_the_same_command_goes_on(sweep: Sweep, jobs: Jobs) -> None:
     def before(cfg: DictConfig) -> bool | None:
         if cfg.lr == 2:
@@ -145,6 +164,20 @@ def test_job_that_was_stopped_alone_does_not_end_the_sweep(sweep: Sweep, jobs: J
     jobs.before = lambda cfg: False if cfg.lr == 1 else None
     record = sweep("lr=1,2")
     assert [record[number].status for number in (0, 1)] == ["stopped", "finished"]
+
+
+@pytest.mark.parametrize("message", ["first line\nthe queue must be open", ""])
+def test_launcher_that_gives_up_is_told(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], message: str
+) -> None:
+    def launch(*_: Any, **__: Any) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: SimpleNamespace(launch=launch))
+    record = sweep("lr=1,2", code=1)
+    said = "the queue must be open" if message else "RuntimeError('')"
+    assert f"the launcher must see all jobs end, it has given up ({said})" in capfd.readouterr().err
+    assert {job.status for job in record.values()} == {"waiting"}
 
 
 def test_sweep_shows_the_metric_that_it_was_asked_for(sweep: Sweep) -> None:
@@ -255,6 +288,21 @@ def test_failed_trial_counts_and_is_not_tried_again(sweep: Sweep, jobs: Jobs, tm
     assert len(jobs.made) == 5 - len(failed)
 
 
+def test_trial_that_was_stopped_alone_goes_on_at_once(sweep: Sweep, jobs: Jobs, tmp_path: Path) -> None:
+    answers = iter([False, None, None])
+    begun: list[float] = []
+
+    def before(cfg: DictConfig) -> bool | None:
+        begun.append(cfg.lr)
+        return next(answers)
+
+    jobs.before = before
+    sweep(*SEARCH, "hydra.sweeper.n_trials=2")
+    assert begun[0] == begun[1] != begun[2]
+    assert [lr for lr, _ in jobs.made] == begun[1:]
+    assert [trial.state for trial in study(tmp_path).trials] == [TrialState.COMPLETE] * 2
+
+
 def test_search_in_which_all_fail_says_so(sweep: Sweep, jobs: Jobs, capfd: pytest.CaptureFixture[str]) -> None:
     def before(cfg: DictConfig) -> None:
         raise OSError("the disk must have room, got none")
@@ -336,6 +384,25 @@ def test_metric_that_runs_do_not_have_ends_the_search_and_can_be_corrected(
     assert message in capfd.readouterr().err
     sweep(*options, "hydra.sweeper.metric=val/loss")
     assert len(jobs.made) == 2
+
+
+def test_search_whose_options_were_wrong_can_be_corrected(sweep: Sweep, jobs: Jobs, tmp_path: Path) -> None:
+    sweep("hydra/sweeper=dalle1_optuna", "wdth=choice(1,5)", "hydra.sweeper.direction=maximize", code=2)
+    sweep(*SEARCH, "hydra.sweeper.n_trials=1")
+    assert (len(jobs.made), len(study(tmp_path).trials)) == (1, 1)
+    assert study(tmp_path).direction == optuna.study.StudyDirection.MINIMIZE
+
+
+def test_another_search_is_refused_before_the_first_trial_has_finished(
+    sweep: Sweep, jobs: Jobs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def before(cfg: DictConfig) -> None:
+        raise KeyboardInterrupt
+
+    jobs.before = before
+    sweep(*SEARCH, code=130)
+    sweep("hydra/sweeper=dalle1_optuna", "lr=interval(0.0,9.0)", code=1)
+    assert "a search must go on with the options that it began with" in capfd.readouterr().err
 
 
 def test_another_search_in_the_same_directory_is_refused(sweep: Sweep, capfd: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ All options of the commands that take `name=value`. This page is written by `too
 - `--help` after any of the commands shows what it would use.
 - `+trainer.accumulate_grad_batches=4` passes another argument to Lightning's `Trainer`; `~callbacks.best` leaves a part
   out. Commas and brackets need quotes inside quotes: `'prompt="red, blue"'`; prompts and paths do not.
-- `-m` makes a run for each combination of values with commas, see [sweeps](launching.md#sweeps).
+- `-m` makes a run for each combination of values with commas, see [sweeps](sweeps.md).
 
 | environment variable | |
 |---|---|
@@ -126,13 +126,12 @@ def _overrides(key: str) -> bool:
 
 def _with_experiments(option: Option) -> Option:
     """An option of train.yaml with what each experiment makes of it."""
-    values = dict(option.values) if option.values["train"] != "???" else {}
-    for path in sorted((CONF / "experiment").glob("*.yaml")):
-        found = read_config(path).options.get(option.name)
-        if found is not None:
-            values["else"] = values.pop("train", "")
-            values[path.stem] = found.values[path.stem]
-    return replace(option, values={name: value for name, value in values.items() if value} or option.values)
+    files = {path.stem: read_config(path).options for path in sorted((CONF / "experiment").glob("*.yaml"))}
+    values = {name: options[option.name].values[name] for name, options in files.items() if option.name in options}
+    if not values:
+        return option
+    default = option.values["train"]
+    return replace(option, values=values if default == "???" else {"else": default, **values})
 
 
 def _section_of_group(group: str, train: ConfigFile, owner: ConfigFile) -> Iterator[str]:
@@ -224,8 +223,8 @@ def _text(text: str) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    lines = [head, ("---",) * len(head), *rows]
-    return ["| " + " | ".join(cells) + " |" if lines.index(cells) != 1 else "|---" * len(head) + "|" for cells in lines]
+    first, *rest = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return [first, "|---" * len(head) + "|", *rest]
 
 
 def main() -> None:

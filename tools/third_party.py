@@ -46,7 +46,7 @@ def licence(package: PackageMetadata) -> str:
     if "License-Expression" in package:
         return package["License-Expression"]
     name = package["License"].strip() if "License" in package else ""
-    if not name or len(name) > _LONGEST_NAME:
+    if name in ("", "UNKNOWN") or len(name) > _LONGEST_NAME:  # what old tools write for none
         classifiers = [each for each in package.get_all("Classifier") or [] if each.startswith("License :: ")]
         name = classifiers[-1].rpartition(" :: ")[2] if classifiers else ""
     if not name:

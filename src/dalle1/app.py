@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dalle1.cli import run_script
 from dalle1.data.fields import require_int
@@ -53,6 +53,9 @@ def serve(cfg: DictConfig) -> None:
     require_int("candidates", cfg.candidates, at_least=1)
     if cfg.candidates > limits.candidates:
         raise ValueError(f"candidates must be at most limits.candidates, {limits.candidates}, got {cfg.candidates}")
+    hosts = cfg.allowed_hosts
+    if not (isinstance(hosts, ListConfig) and all(isinstance(name, str) for name in hosts)):
+        raise ValueError(f"allowed_hosts must be a list of names, as [box.example.org], got {hosts}")
     sampling = sampling_config(cfg)
     with _listen(cfg.host, cfg.port) as listener, tempfile.TemporaryDirectory(prefix="dalle1-app-") as directory:
         pipeline = load_pipeline(cfg)
@@ -79,7 +82,7 @@ def serve(cfg: DictConfig) -> None:
                 super().handle_exit(sig, frame)
 
         config = uvicorn.Config(
-            make_app(server, names=[*cfg.allowed_hosts, cfg.host]),
+            make_app(server, names=[*hosts, cfg.host]),
             log_level="warning",
             limit_concurrency=_MOST_CONNECTIONS,
             server_header=False,
@@ -94,10 +97,14 @@ def serve(cfg: DictConfig) -> None:
 def _follow_checkpoint(cfg: DictConfig) -> None:
     """Let `checkpoint` stand for its results: dVAE and CLIP are those beside it, unless they are named themselves.
 
-    Raises: FileNotFoundError if it is not there; ValueError if it does not lie among results.
+    Raises: FileNotFoundError if it is not there; ValueError if it does not lie among results, or if what it stands for
+        is given too.
     """
     if cfg.checkpoint is None:
         return
+    for option in ("transformer", "results_dir"):
+        if not OmegaConf.is_interpolation(cfg, option):
+            raise ValueError(f"checkpoint says what {option} is, so leave out one of them, got {option}={cfg[option]}")
     path = Path(cfg.checkpoint)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at '{path}'; correct checkpoint=")
@@ -111,10 +118,10 @@ def _follow_checkpoint(cfg: DictConfig) -> None:
 
 
 def _guidance_scale(cfg: DictConfig, pipeline: Pipeline) -> float:
-    if cfg.guidance_scale is None:
-        return pipeline.default_guidance_scale
-    pipeline.check_guidance(cfg.guidance_scale)
-    return float(cfg.guidance_scale)
+    scale = pipeline.default_guidance_scale if cfg.guidance_scale is None else float(cfg.guidance_scale)
+    # The page hides what its model has no use for, so nobody could change it there.
+    pipeline.check_guidance(scale, cfg.negative_prompt)
+    return scale
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -31,7 +31,7 @@ def render_page(template: str, **values: Any) -> str:
     source = resources.files("dalle1").joinpath(template).read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # without Jinja's sorting of keys
-    policy = _content_security_policy(source)
+    policy = f"{own_code_alone(source)}; img-src data:"
     return environment.from_string(source).render(content_security_policy=policy, **values)
 
 
@@ -53,15 +53,18 @@ def _webp(picture: Image.Image, *, lossless: bool) -> bytes:
     return buffer.getvalue()
 
 
-def _content_security_policy(source: str) -> str:
-    """Nothing is loaded, and no script or style runs but the template's own, whatever a prompt says."""
+def own_code_alone(page: str) -> str:
+    """A content security policy: nothing is loaded, and no script or style runs but the page's own, whatever is in it.
+
+    What may be loaded nevertheless is for the caller to add.
+    """
 
     def digest(tag: str) -> str:
-        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
     return (
-        f"default-src 'none'; img-src data:; style-src {digest('style')}; script-src {digest('script')}; "
+        f"default-src 'none'; style-src {digest('style')}; script-src {digest('script')}; "
         "base-uri 'none'; form-action 'none'"
     )
 

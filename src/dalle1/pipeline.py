@@ -213,7 +213,7 @@ class Pipeline:
     def _sampler(
         self, sampling: SamplingConfig, negative_prompt: str | None, dtype: torch.dtype | None, compiled: bool
     ) -> Sampler:
-        self.check_guidance(sampling.guidance_scale)
+        self.check_guidance(sampling.guidance_scale, negative_prompt)
         self.check_compiled(compiled)
         negative = None
         if negative_prompt is not None:
@@ -221,8 +221,12 @@ class Pipeline:
             negative = self._text_tokenizer.encode(texts).to(self.device)
         return Sampler(self.transformer.model, sampling, negative=negative, dtype=dtype, compiled=compiled)
 
-    def check_guidance(self, guidance_scale: float) -> None:
-        """Raise ValueError for guidance that the transformer was not trained for."""
+    def check_guidance(self, guidance_scale: float, negative_prompt: str | None = None) -> None:
+        """Raise ValueError for guidance that the transformer was not trained for, or leads away from nothing."""
+        if negative_prompt is not None:
+            self.check_prompts([negative_prompt], name="negative_prompt")
+            if guidance_scale == 1:
+                raise ValueError("a negative prompt needs a guidance_scale other than 1, got 1; change one of the two")
         if guidance_scale != 1 and not self.transformer.caption_dropout:
             raise ValueError(
                 "guidance needs a transformer trained with optim.caption_dropout > 0, this one was not; "

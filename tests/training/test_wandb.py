@@ -78,6 +78,7 @@ def test_same_prompts_are_in_the_run_directory_as_one_picture(results: Path) -> 
     ("stage", "prompts", "message"),
     [
         ("transformer", "[]", r"prompts must be a list of texts, or null, got \[\]"),
+        ("transformer", "red", "prompts must be a list of texts, or null, got red"),
         ("transformer", "[1]", r"prompts must be a list of texts, or null, got \[1\]"),
         ("transformer", f"[{'red ' * 70}]", "caption must have at most 64 tokens, got"),
         ("dvae", "[red]", "callbacks.pictures.prompts are for stage=transformer, got stage=dvae"),

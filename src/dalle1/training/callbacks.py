@@ -89,7 +89,8 @@ class ValidationPictures(pl.Callback):
         """
         if n_samples < 1:
             raise ValueError(f"callbacks.pictures.n_samples must be >= 1, got {n_samples}")
-        if prompts is not None and not (prompts and all(isinstance(each, str) for each in prompts)):
+        is_list = not isinstance(prompts, str) and prompts and all(isinstance(each, str) for each in prompts)
+        if prompts is not None and not is_list:
             raise ValueError(f"callbacks.pictures.prompts must be a list of texts, or null, got {prompts}")
         self.directory = Path(directory)
         self.n_samples = n_samples

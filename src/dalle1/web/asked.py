@@ -97,10 +97,7 @@ def read_asked(body: bytes, *, pipeline: Pipeline, limits: Limits) -> Asked:
     seed = given.get("seed", 0)
     require_int("seed", seed, at_least=0)
     sampling = _sampling(given, pipeline)
-    if negative_prompt is not None:
-        pipeline.check_prompts([negative_prompt], name="negative_prompt")
-        if sampling.guidance_scale == 1:
-            raise ValueError("a negative prompt needs a guidance_scale other than 1, got 1; change one of the two")
+    pipeline.check_guidance(sampling.guidance_scale, negative_prompt)
     picture, again = given.get("picture"), given.get("again")
     if (picture is None) != (again is None):
         raise ValueError("picture and again must be given together: a picture, and its cells to sample again")
@@ -143,7 +140,6 @@ def _sampling(given: Mapping[str, Any], pipeline: Pipeline) -> SamplingConfig:
         sampling = SamplingConfig(**options)
     except (ValueError, TypeError) as error:
         raise type(error)(str(error).removeprefix("SamplingConfig.")) from error
-    pipeline.check_guidance(sampling.guidance_scale)
     config = pipeline.transformer.model.config
     sampling.temperatures(config.grid_height, config.grid_width)
     return sampling

@@ -15,10 +15,7 @@ is answered as JSON with one sentence, `{"error": ...}`.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
-import re
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -31,7 +28,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
-from dalle1.html_page import embed
+from dalle1.html_page import embed, own_code_alone
 from dalle1.pipeline import Pipeline
 from dalle1.run_origin import slug
 from dalle1.web.asked import Limits, read_asked
@@ -156,6 +153,7 @@ async def _tell(job: Job, changed: asyncio.Event) -> AsyncIterator[str]:
 
 _GONE = "the pictures of this request are not kept any more; sample them again"
 _NOT_STORED = {"Cache-Control": "no-store"}
+_LOADS = "img-src 'self' data:; connect-src 'self'; frame-ancestors 'none'"  # from this server, and framed by nobody
 
 
 def make_app(server: Server, *, names: Collection[str]) -> FastAPI:
@@ -170,7 +168,7 @@ def make_app(server: Server, *, names: Collection[str]) -> FastAPI:
 
     # No pages that describe the addresses: they would load scripts from elsewhere.
     app = FastAPI(openapi_url=None, lifespan=lifespan)
-    app.add_middleware(Guard, names=names, content_security_policy=content_security_policy(page))
+    app.add_middleware(Guard, names=names, content_security_policy=f"{own_code_alone(page)}; {_LOADS}")
 
     @app.get("/")
     async def index() -> Response:
@@ -238,16 +236,3 @@ def _file(content: bytes, media_type: str, name: str, *, how: str) -> Response:
         "Cache-Control": "private, max-age=3600, immutable",
     }
     return Response(content, media_type=media_type, headers=headers)
-
-
-def content_security_policy(page: str) -> str:
-    """Only this server is asked, and no script or style runs but the page's own, whatever a prompt says."""
-
-    def digest(tag: str) -> str:
-        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    return (
-        f"default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; style-src {digest('style')}; "
-        f"script-src {digest('script')}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )

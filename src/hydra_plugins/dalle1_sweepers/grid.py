@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from hydra_plugins.dalle1_sweepers.launched_jobs import LaunchedJobs
+from hydra_plugins.dalle1_sweepers.launched_jobs import LaunchedJobs, fixed_option
 
 
 class GridSweeper(Sweeper):
@@ -28,12 +30,13 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Make the runs that `arguments` ask for, and that an earlier start has not made.
 
-        Raises: ChildProcessError if some of them fail, after all others are done; as `LaunchedJobs`.
+        Raises: HydraException for an interval; ChildProcessError if some of them fail, after all others are done; as
+            `LaunchedJobs`.
         """
         assert self.config is not None, "Hydra calls setup first"
         assert self.hydra_context is not None, "as above"
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        (combinations,) = BasicSweeper.split_arguments(parser.parse_overrides(arguments), max_batch_size=None)
+        combinations = combine(parser.parse_overrides(arguments))
         self.validate_batch_is_legal(combinations)
         jobs = LaunchedJobs(self.config, self.hydra_context, self.task_function)
         numbers = number_combinations({number: job.overrides for number, job in jobs.known.items()}, combinations)
@@ -49,13 +52,35 @@ class GridSweeper(Sweeper):
         return list(ended.values())
 
 
+def combine(overrides: Sequence[Override]) -> list[list[str]]:
+    """All combinations of the values that options have; of an option that is given twice the last time counts.
+
+    Raises: HydraException for an interval, which has no end of values.
+    """
+    choices: dict[str, list[str]] = {}
+    for override in overrides:
+        name = override.get_key_element()
+        if not override.is_sweep_override():
+            choices[name] = [fixed_option(override)]
+        elif override.is_discrete_sweep():
+            choices[name] = [f"{name}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise HydraException(
+                f"{name} must have single values, got an interval; give some, or use hydra/sweeper=dalle1_optuna"
+            )
+    return [list(options) for options in product(*choices.values())]
+
+
 def number_combinations(known: dict[int, list[str]], combinations: Sequence[Sequence[str]]) -> dict[int, Sequence[str]]:
-    """A number for each combination of options: the one that it had before, if it is `known`, else the next one."""
-    before = {tuple(options): number for number, options in known.items()}
+    """A number for each combination of options: the one that it had before, if it is `known`, else the next one.
+
+    In which order options are given makes no difference.
+    """
+    before = {tuple(sorted(options)): number for number, options in known.items()}
     numbers: dict[int, Sequence[str]] = {}
     free = max(known, default=-1) + 1
     for options in combinations:
-        number = before.get(tuple(options))
+        number = before.get(tuple(sorted(options)))
         if number is None:
             number, free = free, free + 1
         numbers[number] = options

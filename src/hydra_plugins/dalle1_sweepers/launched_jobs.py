@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _SUBDIR = "${hydra:job.num}"  # of conf/train.yaml
+
+
+def fixed_option(override: Override) -> str:
+    """An option that has one value in all jobs, as the command line has it."""
+    name = override.get_key_element()
+    # Hydra's own sweeper gives an option that is left out, `~name`, a value, which Hydra then refuses.
+    is_left_out = override.is_delete() and override.value() is None
+    return name if is_left_out else f"{name}={override.get_value_element_as_str()}"
+
+
+def _last_line(error: object) -> str:
+    """What an error says at the end; some say nothing but what they are."""
+    return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
 class LaunchedJobs:
@@ -72,7 +86,7 @@ class LaunchedJobs:
                 results = self._launcher.launch(batch, initial_job_idx=min(overrides))
             except Exception as error:
                 raise ChildProcessError(
-                    f"the launcher must see all jobs end, it has given up ({str(error).strip().splitlines()[-1]}); "
+                    f"the launcher must see all jobs end, it has given up ({_last_line(error)}); "
                     f"those that go on say so in '{self.directory}', and the same command goes on with all others"
                 ) from error
             if self._record.is_asked_to_stop():
@@ -80,7 +94,7 @@ class LaunchedJobs:
         jobs = self._record.jobs()
         for number, result in zip(overrides, results, strict=True):
             if jobs[number].status in ("waiting", "running"):  # it has failed before it could say anything
-                self._record.note(number, "failed", error=str(result._return_value).strip().splitlines()[-1])
+                self._record.note(number, "failed", error=_last_line(result._return_value))
         self.known = self._record.jobs()
         return {number: self.known[number] for number in overrides}
 

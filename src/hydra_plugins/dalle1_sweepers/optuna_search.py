@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.dalle1_sweepers.launched_jobs import LaunchedJobs
+from hydra_plugins.dalle1_sweepers.launched_jobs import LaunchedJobs, fixed_option
 
 if TYPE_CHECKING:
     import optuna
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 STUDY, BEST = "study.journal", "best.yaml"
+_NAME = "dalle1"
 _IDENTITY = "search"  # attribute of the study: what must stay the same when a search goes on
 # A trial in which the whole sweep died so often may be what it dies of.
 _MAX_INTERRUPTIONS = 3
@@ -90,16 +92,24 @@ class OptunaSweeper(Sweeper):
         from optuna.storages.journal import JournalFileBackend, JournalStorage
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(jobs.directory / STUDY))),
-            study_name="dalle1",
+        storage = JournalStorage(JournalFileBackend(str(jobs.directory / STUDY)))
+        create = partial(
+            optuna.create_study,
+            storage=storage,
+            study_name=_NAME,
             direction=optuna.study.StudyDirection[self._direction.upper()],
             load_if_exists=True,
         )
+        study = create()
+        has_finished = any(trial.state.is_finished() for trial in study.trials)
+        if not has_finished and not jobs.known:  # Hydra has refused the options before anything was launched
+            optuna.delete_study(study_name=_NAME, storage=storage)
+            study = create()
         identity = {"options": sorted(arguments), "metric": self._metric, "direction": self._direction}
         before = study.user_attrs.get(_IDENTITY, identity)
         changed = [name for name in identity if before[name] != identity[name]]
-        if changed and any(trial.state.is_finished() for trial in study.trials):
+        # That runs do not have a metric is seen when the first one has ended.
+        if changed and (has_finished or changed != ["metric"]):
             raise ValueError(
                 f"a search must go on with the {' and '.join(changed)} that it began with, {before[changed[0]]}, got "
                 f"{identity[changed[0]]}; choose another hydra.sweep.dir="
@@ -128,9 +138,8 @@ class OptunaSweeper(Sweeper):
             # A sampler of its own for each trial, so that a search that was interrupted chooses what it would have.
             study.sampler = self._make_sampler(number)
             study.ask(fixed_distributions=space)
-        known = {trial.number for trial in left}
         new = [trial for trial in _running(study) if trial.number >= n_trials]
-        return [*(trial for trial in left if trial.number in known), *new][: self._n_jobs]
+        return [*left, *new][: self._n_jobs]
 
     def _make_sampler(self, number: int) -> optuna.samplers.BaseSampler:
         import optuna
@@ -199,7 +208,7 @@ def parse_space(overrides: Sequence[Override]) -> tuple[list[str], dict[str, Bas
         name = override.get_key_element()
         value = override.value()
         if not override.is_sweep_override():
-            fixed.append(name if override.is_delete() else f"{name}={override.get_value_element_as_str()}")
+            fixed.append(fixed_option(override))
         elif isinstance(value, IntervalSweep | RangeSweep):
             space[name] = _numbers(name, value)
         else:

@@ -1,4 +1,4 @@
-"""Draw docs/images/app-*.webp of a page that is running: `python docs/app_pictures.py http://127.0.0.1:7860`.
+"""Draw docs/images/app-*.webp of a page that is running: `python tools/app_pictures.py http://127.0.0.1:7860`.
 
 Needs Playwright (`pip install '.[browser]'`) and a Chromium, and a model of the demo.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-IMAGES = Path(__file__).resolve().parent / "images"
+IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 PROMPT = "a large red star on the left on a black background"
 
 
