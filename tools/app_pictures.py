@@ -45,10 +45,10 @@ def main() -> None:
         page.get_by_role("button", name="Go on from picture 1", exact=True).click()
         expect(page.locator("#cells")).to_be_focused()
         rows, cols = page.evaluate("facts.grid")
-        # The left half but for a frame, as if drawn.
+        # The left half but for its first and last rows, as if drawn.
         page.evaluate(
             "([rows, cols]) => { for (let row = 2; row < rows - 2; row += 1)"
-            "  for (let col = 1; col < cols / 2 + 1; col += 1) setCell(row, col, true); }",
+            "  for (let col = 0; col < cols / 2 + 1; col += 1) setCell(row, col, true); }",
             [rows, cols],
         )
         _sample(page, PROMPT.replace("red star", "green circle"), 10)
