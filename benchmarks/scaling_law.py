@@ -33,7 +33,7 @@ from dalle1.evaluation.pictures import read_curves
 from dalle1.models.accounting import count_flops, count_weights
 from dalle1.models.transformer import DalleTransformer
 
-# Layers and width; a head is 32 wide, as the demo's.
+# Layers and width; heads are 32 wide, as the demo's, where that divides the width, else there is one.
 SIZES = ((1, 32), (2, 48), (2, 64), (3, 96), (4, 128), (6, 192))
 _HEAD = 32
 _DEMO_RATE, _DEMO_WIDTH = 4e-3, 128

@@ -97,6 +97,23 @@ def fail_at(lr: float) -> Callable[[DictConfig], None]:
     return before
 
 
+@pytest.mark.parametrize(("name", "status"), [("TERM", "stopped"), ("USR1", "stopped"), ("KILL", "failed")])
+def test_signal_before_a_job_has_begun_to_train_stops_it(
+    sweep: Sweep, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, status: str
+) -> None:
+    """As one that is still importing, and has nothing to save; SIGKILL is also how a lack of memory ends it."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nkill -{name} $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+    def in_new_process(cfg: DictConfig) -> bool:
+        return SweepJob(cfg, HydraConfig.get()).in_new_process(tmp_path / "job.yaml", {}) is not None
+
+    jobs.before = in_new_process
+    assert sweep("lr=1", code=int(status == "failed"))[0].status == status
+
+
 def test_failed_job_is_recorded_while_others_go_on_and_is_tried_again(
     sweep: Sweep, jobs: Jobs, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,8 @@ class SweepJob:
                 with suppress(Exception):  # by which it says that the job is not to come again
                     before[self._received](self._received, None)
             return None
+        if -code in _SIGNALS:  # one to the job itself, before it could save anything
+            return None
         if code:
             raise _failure(self._run_dir, code, job_file)
         if not (self._run_dir / SUMMARY).exists():  # a signal to the job has stopped it
