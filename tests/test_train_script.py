@@ -171,6 +171,7 @@ def test_processes_that_somebody_else_has_started_must_be_as_many_as_the_options
     assert "trainer.devices * trainer.num_nodes must be the 3 processes that were started, got 2 * 1" in line
 
 
+@pytest.mark.slow
 def test_transformer_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     for arguments in (["stage=tokenizer"], TINY_DVAE):
         done = call(tmp_path, *arguments, *TINY)

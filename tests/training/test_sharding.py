@@ -28,7 +28,7 @@ OPTIONS = (
     *("optim.caption_dropout=0", "trainer.val_check_interval=2", "+trainer.accumulate_grad_batches=2"),
     *("callbacks.checkpoint.every_n_steps=10", "compute.activation_checkpointing=true"),
 )
-PICTURES = "+callbacks.pictures.n_samples=1"
+PICTURES = "callbacks.pictures.n_samples=1"
 TWO = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "optim.batch_size=2")
 ONE = ("optim.batch_size=4",)
 

@@ -17,12 +17,22 @@ from dalle1.training.stage_module import StageModule
 from dalle1.training.throughput import Throughput, matmul_rate
 
 
-def test_matmul_rate_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The clock is read before and after each product: 9, 4, 2 and 3 seconds, of which the first is a warm-up.
-    times = iter([0, 9, 10, 14, 20, 22, 30, 33])
+@pytest.mark.parametrize(
+    ("seconds", "fastest"),
+    [
+        ([0.09, 0.04, 0.02, 0.03], 0.02),  # the first one is a warm-up
+        ([0.9], 0.9),  # more of these would cost a start a minute
+    ],
+)
+def test_matmul_rate_is_that_of_the_fastest_product(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float], fastest: float
+) -> None:
+    # The clock is read before and after each product.
+    times = iter([time for number, each in enumerate(seconds) for time in (10.0 * number, 10.0 * number + each)])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(times))
     rate = matmul_rate(torch.device("cpu"), torch.float32, side=8, repeats=3)
-    assert rate == 2 * 8**3 / 2
+    assert rate == pytest.approx(2 * 8**3 / fastest)
+    assert next(times, None) is None
 
 
 class _Loader(ResumableLoader):

@@ -61,7 +61,6 @@ def build_wandb_logger(*, project: str, name: str, group: str | None, job_type: 
     offline = mode == "offline" if mode else not wandb.login(prompt=False)
     if offline:
         logger.info("logging to W&B offline in '%s'; 'wandb sync' uploads it later", directory)
-    os.environ.setdefault(_DATA_DIR, str(Path(directory, "wandb").absolute()))
     id_file = Path(directory) / _ID_FILE
     return WandbLogger(
         project=project,
@@ -78,6 +77,7 @@ def build_wandb_logger(*, project: str, name: str, group: str | None, job_type: 
 
 def begin_wandb_run(wandb_logger: WandbLogger, directory: Path, options: Mapping[str, Any]) -> None:
     """Log the run's options, and keep its id in `directory` for when it is resumed."""
+    os.environ.setdefault(_DATA_DIR, str((directory / "wandb").absolute()))
     wandb_logger.log_hyperparams(dict(options))
     assert wandb_logger.version is not None, "build_wandb_logger gave it an id"
     with atomic(directory / _ID_FILE) as temporary:
