@@ -36,6 +36,7 @@ LAYERS = [
         "evaluation.extractors",
         "evaluation.picture_sets",
         "evaluation.ranks",
+        "evaluation.readable_pictures",
         "convert",
         "export",
         "reconstruct",

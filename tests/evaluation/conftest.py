@@ -1,17 +1,24 @@
-"""Tiny networks with Inception's interface, and DINOv2, as files."""
+"""Tiny networks with Inception's interface as files, pictures, and commands that are called as on a command line."""
 
 from __future__ import annotations
 
+import json
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from dalle1.evaluate import main
+
+Run = Callable[..., dict[str, Any]]
 
 
 class TinyInception(nn.Module):
@@ -86,3 +93,40 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Calls a command in `tmp_path`; returns what it writes to `evaluation.json`, or what it says if it fails."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object, out: str = "result", code: int = 0) -> dict[str, Any]:
+        words = [*map(str, arguments), f"out={out}", "device=cpu"]
+        monkeypatch.setattr(sys, "argv", ["evaluate", *words])
+        capsys.readouterr()
+        if code:
+            with pytest.raises(SystemExit) as stopped:
+                main()
+            assert stopped.value.code == code
+            error = capsys.readouterr().err
+            assert not Path(out).exists()
+            return {"error": error}
+        main()
+        return json.loads((tmp_path / out / "evaluation.json").read_text()) | {"printed": capsys.readouterr().out}
+
+    return call
+
+
+@pytest.fixture
+def system(run: Run, checkpoints: dict[str, Path], inception_files: dict[str, Path]) -> Run:
+    """`evaluate system` with the tiny models."""
+
+    def call(*arguments: object, samples: bool = False, **options: Any) -> dict[str, Any]:
+        models = [] if samples else [f"{name}={checkpoints[name]}" for name in ("transformer", "dvae")]
+        extractors = [
+            f"extractor=inception:{inception_files['probabilities']}",
+            f"extractor=clip:{checkpoints['clip']}",
+        ]
+        return run("system", *arguments, *models, *extractors, **options)
+
+    return call

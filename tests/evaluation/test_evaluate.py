@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from PIL import Image
 from dalle1.checkpoint import load_dvae, weights_sha256
 from dalle1.data import shapes
 from dalle1.data.transforms import to_pixels
-from dalle1.evaluate import main
 from dalle1.evaluation import chunks, reconstructions
 from dalle1.evaluation.distances import frechet_distance
 from dalle1.evaluation.extractors import CLIPExtractor, load_extractor
@@ -31,43 +29,6 @@ from dalle1.reconstruct import reconstruct
 from dalle1.results import SampleRun
 
 Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Calls a command in `tmp_path`; returns what it writes to `evaluation.json`, or what it says if it fails."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object, out: str = "result", code: int = 0) -> dict[str, Any]:
-        words = [*map(str, arguments), f"out={out}", "device=cpu"]
-        monkeypatch.setattr(sys, "argv", ["evaluate", *words])
-        capsys.readouterr()
-        if code:
-            with pytest.raises(SystemExit) as stopped:
-                main()
-            assert stopped.value.code == code
-            error = capsys.readouterr().err
-            assert not Path(out).exists()
-            return {"error": error}
-        main()
-        return json.loads((tmp_path / out / "evaluation.json").read_text()) | {"printed": capsys.readouterr().out}
-
-    return call
-
-
-@pytest.fixture
-def system(run: Run, checkpoints: dict[str, Path], inception_files: dict[str, Path]) -> Run:
-    """`evaluate system` with the tiny models."""
-
-    def call(*arguments: object, samples: bool = False, **options: Any) -> dict[str, Any]:
-        models = [] if samples else [f"{name}={checkpoints[name]}" for name in ("transformer", "dvae")]
-        extractors = [
-            f"extractor=inception:{inception_files['probabilities']}",
-            f"extractor=clip:{checkpoints['clip']}",
-        ]
-        return run("system", *arguments, *models, *extractors, **options)
-
-    return call
 
 
 def value(content: dict[str, Any], name: str) -> float:

@@ -46,6 +46,7 @@ from dalle1.evaluation.feature_sets import (
 from dalle1.evaluation.picture_sets import PictureSet, Treatment, open_pictures, parse_size
 from dalle1.evaluation.pictures import save_picture
 from dalle1.evaluation.ranks import Ranks, joined_ranks
+from dalle1.evaluation.readable_pictures import add_bad_sample_argument, readable
 from dalle1.evaluation.sampled_sets import BEST_OF_KEY, SampledSet, open_samples, sample_pictures
 from dalle1.evaluation.shapes_scorer import score
 from dalle1.models.transformer import DalleTransformer
@@ -92,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blur", default="0", help="radii of Gaussian filters on both sides; the paper's: 0,1,2,4,8")
     parser.add_argument("--best_of", help="candidates, such as 1,2,4,8: numbers against how many the best is of")
     parser.add_argument("--without", type=Path, help="JSON whose `keys` are reference pictures to leave out as well")
+    add_bad_sample_argument(parser, pictures="reference pictures")
     add_shared_arguments(parser)
 
 
@@ -100,11 +102,13 @@ def run(options: argparse.Namespace) -> None:
     radii = [Treatment(blur=_number("blur", part, float)).blur for part in options.blur.split(",")]
     best_of = [] if options.best_of is None else [_number("best_of", part, int) for part in options.best_of.split(",")]
     out = choose_out(options)
-    reference = open_pictures(options.reference, caption=options.caption or "text")
-    rows = None if options.without is None else reference.rows_without(_read_keys(options.without))
+    reference = open_pictures(options.reference, caption=options.caption or "text", on_bad_sample=options.on_bad_sample)
+    without = None if options.without is None else _read_keys(options.without)
     extractors = load_extractors(options)
     with joined_ranks() as ranks:
         device = ranks.choose_device(options.device)
+        reference, skipped = readable(reference, cache=options.cache, ranks=ranks, label="reference pictures")
+        rows = None if without is None else reference.rows_without(without)
         samples = _samples(options, reference, best_of, device, ranks)
         chosen = {n: samples.best_of(n) for n in best_of}
         treatment = Treatment(size=_size(options, samples.best))
@@ -116,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
         curve = {n: measured.prepare(best, 0.0, tag=f"best_of={n}") for n, best in chosen.items()}
         if not ranks.is_first:
             return
-        numbers = Numbers(values={}, notes=[])
+        numbers = Numbers(values={}, notes=skipped)
         for prepared in whole:
             numbers |= measured.numbers(prepared)
             numbers |= measured.distances(prepared, rows) if rows is not None else Numbers(values={}, notes=[])
