@@ -43,6 +43,39 @@ class TinyInception(nn.Module):
         return logits.softmax(dim=1)
 
 
+class ResizingInception(TinyInception):
+    """Takes pictures of any size and resizes them as TensorFlow 1 did: not antialiased, towards the upper left."""
+
+    def forward(self, img: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        theta = torch.eye(2, 3)
+        theta[0, 2] += 1 / img.shape[3] - 1 / 299
+        theta[1, 2] += 1 / img.shape[2] - 1 / 299
+        grid = nn.functional.affine_grid(
+            theta[None].expand(img.shape[0], 2, 3), [img.shape[0], 3, 299, 299], align_corners=False
+        )
+        resized = nn.functional.grid_sample(
+            img.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
+        )
+        features = nn.functional.adaptive_avg_pool2d(resized / 255, [2, 2]).flatten(1)
+        if return_features:
+            return features
+        return (features @ self.classes.weight.t()).softmax(dim=1)
+
+
+class ConvolutionalInception(TinyInception):
+    """Takes pictures of any size because its convolution does, without resizing them."""
+
+    def __init__(self) -> None:
+        super().__init__(as_logits=False)
+        self.convolution = nn.Conv2d(3, 12, 5, padding=2)
+
+    def forward(self, img: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        features = self.convolution(img.float() / 255).mean(dim=[2, 3])
+        if return_features:
+            return features
+        return (features @ self.classes.weight.t()).softmax(dim=1)
+
+
 class NoInception(nn.Module):
     """Takes pictures and nothing else."""
 
@@ -63,11 +96,13 @@ def script(network: nn.Module, path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def inception_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`probabilities`, `logits` and `other`, which is none."""
+    """`probabilities` and `logits` take 299 x 299 pixels; `resizing`, `convolutional`; and `other`, which is none."""
     root = tmp_path_factory.mktemp("inception")
     return {
         "probabilities": script(TinyInception(as_logits=False), root / "probabilities.pt"),
         "logits": script(TinyInception(as_logits=True), root / "logits.pt"),
+        "resizing": script(ResizingInception(as_logits=False), root / "resizing.pt"),
+        "convolutional": script(ConvolutionalInception(), root / "convolutional.pt"),
         "other": script(NoInception(), root / "other.pt"),
     }
 

@@ -14,8 +14,10 @@ first computed without that bias. Such a file is a program, in a language of its
 pickle in it is run, but it can compute for as long as it likes and read files that its operators can name. Take it from
 where you would take a program from.
 
-Pictures come to Inception as 299 x 299 pixels, whatever their aspect, resized bilinearly with antialias and rounded to
-8 bits, as Pillow does it. CLIP, SigLIP and DINOv2 are shown what their own preprocessing makes of a picture.
+A file that resizes pictures by itself, as inception-2015-12-05.pt does (with TensorFlow's alignment and no antialias),
+gets them as they are, so its FIDs are those of StyleGAN's tools. To another they come as 299 x 299 pixels, whatever
+their aspect, resized bilinearly with antialias and rounded to 8 bits, as Pillow does it. Which it is, is tried at
+loading. CLIP, SigLIP and DINOv2 are shown what their own preprocessing makes of a picture.
 """
 
 from __future__ import annotations
@@ -51,6 +53,10 @@ from dalle1.rerank.hf_files import (
 from dalle1.rerank.hf_preprocessing import Preprocessing, read_preprocessing
 
 INCEPTION_SIDE = 299  # pixels
+# Height and width of the picture on which a file shows that it resizes: far below what its convolutions could do with.
+_SMALL_PICTURE = (24, 16)
+_COLOR = (200, 90, 30)
+_SAME = 0.01  # relative difference of two features that are taken for equal; fp16 and resizing make far less
 _HUB_PREFIX = "hf://"
 _HASH_DIGITS = 8  # of a content's hash, in names
 _TEXTS_AT_ONCE = 64
@@ -113,11 +119,10 @@ class InceptionExtractor:
     reads_text = False
 
     def __init__(self, network: torch.jit.ScriptModule, *, path: str, sha256: str) -> None:
-        """Try the network on two pictures. Raises: ValueError if it has another interface."""
+        """Try the network on some pictures. Raises: ValueError if it has another interface."""
         self._network = network.eval()
         self._device = torch.device("cpu")
         self._prepare = Preprocessing(resize=(INCEPTION_SIDE, INCEPTION_SIDE), mode="bilinear", crop=None, scale=1.0)
-        self.name = f"inception-{sha256[:_HASH_DIGITS]}"
         levels = torch.arange(2 * 3 * INCEPTION_SIDE**2) % 251
         probe = levels.to(torch.uint8).view(2, 3, INCEPTION_SIDE, INCEPTION_SIDE)
         try:
@@ -139,12 +144,30 @@ class InceptionExtractor:
         self.has_classes = True
         sums = classes.sum(1)
         self._are_logits = bool((classes < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+        self._resizes = self._takes_any_size()
+        # Features of the two ways never have one name, even of one file.
+        self.name = f"inception-{'unresized-' if self._resizes else ''}{sha256[:_HASH_DIGITS]}"
         self.facts = {
             "kind": "inception",
             "file": path,
             "sha256": sha256,
             "without_output_bias": bool(self._of_classes),
+            "resized_by": "the file itself" if self._resizes else "bilinear with antialias, before it",
         }
+
+    def _takes_any_size(self) -> bool:
+        """Whether the network itself brings pictures to the size that it looks at.
+
+        A small one must be no error, and in one of a single color it must see what it sees in a large one: convolutions
+        alone would see more of the border.
+        """
+        color = torch.tensor(_COLOR, dtype=torch.uint8).view(1, 3, 1, 1)
+        try:
+            small, _ = self._run(color.expand(1, 3, *_SMALL_PICTURE).contiguous())
+        except Exception:  # a program of others says in any way that it takes no such picture
+            return False
+        large, _ = self._run(color.expand(1, 3, INCEPTION_SIDE, INCEPTION_SIDE).contiguous())
+        return small.shape == large.shape and bool((small - large).float().norm() <= _SAME * large.float().norm())
 
     @classmethod
     def load(cls, path: str | Path) -> InceptionExtractor:
@@ -173,8 +196,12 @@ class InceptionExtractor:
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Tensor]) -> Features:
         """See `Extractor`."""
-        pixels = _prepared(pictures, lambda images: self._prepare(images).to(torch.uint8), self._device)
-        features, classes = self._run(pixels)
+        if self._resizes:
+            results = [self._run(group.to(self._device)) for group in of_one_size(pictures)]
+            features, classes = (torch.cat(parts) for parts in zip(*results, strict=True))
+        else:
+            pixels = _prepared(pictures, lambda images: self._prepare(images).to(torch.uint8), self._device)
+            features, classes = self._run(pixels)
         classes = classes.float()
         probabilities = classes.softmax(1) if self._are_logits else classes
         return Features(features=features.float().cpu(), probabilities=probabilities.cpu())
@@ -364,3 +391,14 @@ def _prepared(
     if len({picture.shape for picture in pictures}) == 1:
         return prepare(to_unit_interval(torch.stack(list(pictures)).to(device)))
     return torch.cat([prepare(to_unit_interval(picture[None].to(device))) for picture in pictures])
+
+
+def of_one_size(pictures: Sequence[Tensor]) -> list[Tensor]:
+    """uint8 (b, 3, h, w) each: consecutive pictures of one size."""
+    groups: list[list[Tensor]] = []
+    for picture in pictures:
+        if groups and groups[-1][0].shape == picture.shape:
+            groups[-1].append(picture)
+        else:
+            groups.append([picture])
+    return [torch.stack(group) for group in groups]
