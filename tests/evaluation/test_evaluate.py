@@ -275,6 +275,23 @@ def test_scenes_are_scored_by_what_their_captions_say(
     assert content["numbers"]["prompt_accuracy[shapes_scorer,n=6]"] == np.mean(right)
 
 
+def test_captions_that_a_clip_cannot_read_leave_out_their_pictures_alone(
+    system: Run, write_pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = write_pictures(tmp_path / "a", 5)
+    (folder / "001.txt").write_text("a caption without end " * 100)
+    content = system(folder, f"samples={folder}", samples=True)
+    clip = list(content["extractors"])[1]
+    assert f"clip_score[{clip},n=4,blur=0,captions_left_out=1]" in content["numbers"]
+    assert sum(f"1 of 5 captions cannot be read by {clip}" in note for note in content["notes"]) == 1
+    # Without captions there is no score, and all else is as it was.
+    (folder / "001.txt").unlink()
+    without = system(folder, f"samples={folder}", samples=True, out="without")
+    assert sum(f"the CLIP score of {clip} is left out: " in note for note in without["notes"]) == 1
+    assert without["numbers"].items() <= content["numbers"].items()
+    assert len(without["numbers"]) == len(content["numbers"]) - 1
+
+
 def test_captions_are_drawn_once_each_and_by_seed() -> None:
     captions = [f"caption {i % 50}" for i in range(100)]
     drawn = draw_captions(captions, 20, seed=0)

@@ -172,8 +172,8 @@ class _Measured:
         self._extractors, self._size, self._reference, self._seed = extractors, treatment.size, reference, seed
         self._where: dict[str, Any] = {"cache": cache, "ranks": ranks}
         self._references: dict[tuple[str, float], FeatureSet] = {}  # all samples are compared with the same
-        # Of each extractor, or why it cannot read them; captions are the same for all samples.
-        self._texts: dict[str, dict[str, Tensor] | str] = {}
+        # Of each extractor; captions are the same for all samples.
+        self._texts: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {}
 
     def prepare(self, samples: PictureSet, blur: float, *, tag: str = "") -> _Prepared:
         """Have all that takes long computed, by all processes."""
@@ -212,15 +212,13 @@ class _Measured:
         return numbers
 
     def _caption_score(self, prepared: _Prepared, extractor: Extractor, samples: FeatureSet) -> Numbers:
+        try:
+            captions = prepared.samples.captions
+        except ValueError as error:
+            return Numbers(values={}, notes=[f"the CLIP score of {extractor.name} is left out: {error}"])
         if extractor.name not in self._texts:
-            try:
-                self._texts[extractor.name] = read_captions(prepared.samples.captions, extractor)
-            except ValueError as error:
-                self._texts[extractor.name] = f"the CLIP score of {extractor.name} is left out: {error}"
-        texts = self._texts[extractor.name]
-        if isinstance(texts, str):
-            return Numbers(values={}, notes=[texts])
-        return caption_score(samples, prepared.samples.captions, texts, tag=prepared.tag)
+            self._texts[extractor.name] = read_captions(captions, extractor)
+        return caption_score(samples, captions, *self._texts[extractor.name], tag=prepared.tag)
 
 
 def _score_scenes(samples: PictureSet, treatment: Treatment, *, cache: Path, ranks: Ranks) -> Chunks | None:
