@@ -52,14 +52,14 @@ from dalle1.evaluation.shapes_scorer import score
 from dalle1.models.transformer import DalleTransformer
 from dalle1.pipeline import Pipeline, choose_dtype
 from dalle1.rerank.choose import load_reranker
+from dalle1.run_models import choose_models, default_model
 from dalle1.sampling.filters import SamplingConfig
 
-_RUN = "runs/shapes"
 # Options that say how to sample, and what they are if nothing is said.
 _SAMPLING = {
-    "transformer": f"{_RUN}/transformer/checkpoints/last.ckpt",
-    "dvae": f"{_RUN}/dvae/checkpoints/last.ckpt",
-    "reranker": f"clip:{_RUN}/clip/checkpoints/last.ckpt",
+    "transformer": None,  # the run's, as the next two
+    "dvae": None,
+    "reranker": None,
     "prompts": None,
     "candidates": 1,
     "temperature": 1.0,  # the paper's
@@ -78,12 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where captions of samples, else of the reference, stand: text, lines or json:FIELD",
     )
     defaults = _SAMPLING
-    parser.add_argument("--transformer", help=f"(default: {defaults['transformer']})")
-    parser.add_argument("--dvae", help=f"the transformer's own (default: {defaults['dvae']})")
+    parser.add_argument("--transformer", help=f"(default: {default_model('transformer')})")
+    parser.add_argument("--dvae", help=f"what it was trained with (default: {default_model('dvae')})")
     parser.add_argument(
         "--reranker",
         help="of several candidates: clip:CHECKPOINT, hf_clip:NAME_OR_DIR, image_likelihood, caption_likelihood, none "
-        f"(default: {defaults['reranker']})",
+        f"(default: clip:{default_model('clip')})",
     )
     parser.add_argument("--prompts", type=int, help="different captions, drawn by seed (default: all)")
     parser.add_argument("--candidates", type=int, help=f"of each caption (default: {defaults['candidates']})")
@@ -255,6 +255,9 @@ def _samples(
     for name, value in _SAMPLING.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    choose_models(options, transformer="transformer", dvae="dvae")
+    if options.reranker is None:
+        options.reranker = f"clip:{default_model('clip', options.name)}"
     require_int("candidates", options.candidates, at_least=1)
     if options.candidates == 1 and asked_for not in (None, "none"):
         raise ValueError("reranker chooses among several candidates, got candidates=1; set more, or leave it out")

@@ -1,6 +1,6 @@
 """How good a dVAE is: rFID of any extractor, KID, PSNR, SSIM, likelihood and code usage of what it makes of pictures.
 
-`python -m dalle1.evaluate tokenizer IMAGES... [dvae=PATH] [extractor=KIND:PLACE] [size=256]`. IMAGES are tar shards,
+`python -m dalle1.evaluate tokenizer IMAGES... [name=RUN] [extractor=KIND:PLACE] [size=256]`. IMAGES are tar shards,
 folders, tables and globs of these. Without `size` pictures keep theirs. A command that was interrupted goes on.
 """
 
@@ -24,13 +24,13 @@ from dalle1.evaluation.picture_sets import PictureSet, Treatment, open_pictures,
 from dalle1.evaluation.ranks import joined_ranks
 from dalle1.evaluation.readable_pictures import add_bad_sample_argument, readable
 from dalle1.evaluation.reconstructions import Likelihood, quality, reconstruct_all, reconstructed_features
-from dalle1.reconstruct import DEFAULT_CHECKPOINT
+from dalle1.run_models import choose_models, default_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `evaluate tokenizer`."""
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="tar shards, folders, tables, globs of these")
-    parser.add_argument("--dvae", default=DEFAULT_CHECKPOINT, help="(default: %(default)s)")
+    parser.add_argument("--dvae", metavar="PATH", help=f"(default: {default_model('dvae')})")
     parser.add_argument(
         "--temperature", type=float, default=1 / 16, help="of relaxed codes (default: %(default)s, the paper's last)"
     )
@@ -45,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure, write and print. Raises: ValueError, TypeError or OSError with one sentence for what cannot be done."""
     treatment = Treatment(size=None if options.size is None else parse_size(options.size))
     out = choose_out(options)
+    choose_models(options, dvae="dvae")
     pictures = _at_least_two(open_pictures(options.images, on_bad_sample=options.on_bad_sample))
     dvae = load_dvae(options.dvae)
     likelihood, notes = _likelihood(options)
