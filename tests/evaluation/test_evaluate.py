@@ -17,7 +17,7 @@ from dalle1.data import shapes
 from dalle1.data.transforms import to_pixels
 from dalle1.evaluation import chunks, reconstructions
 from dalle1.evaluation.distances import frechet_distance
-from dalle1.evaluation.extractors import CLIPExtractor, load_extractor
+from dalle1.evaluation.extractors import CLIPExtractor, InceptionExtractor, load_extractor
 from dalle1.evaluation.image_quality import psnr_db, squared_error, ssim
 from dalle1.evaluation.pictures import to_uint8
 from dalle1.evaluation.shapes_scorer import score
@@ -84,6 +84,25 @@ def test_tokenizer_numbers_are_those_of_each_picture_by_itself(
     assert content["checkpoints"]["dvae"]["sha256"] == weights_sha256(dvae.state_dict())
     assert content["extractors"][extractor.name]["kind"] == "inception"
     assert all(name in content["printed"] for name in numbers)
+
+
+@pytest.mark.parametrize("command", ["tokenizer {0} dvae={1}", "overlap train={0} val={0}"])
+def test_classes_are_computed_only_where_a_number_needs_them(
+    command: str,
+    run: Run,
+    write_pictures: Callable[..., Path],
+    checkpoints: dict[str, Path],
+    inception_files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    classes, calls = InceptionExtractor._classes, []
+    monkeypatch.setattr(
+        InceptionExtractor, "_classes", lambda self, pixels: (calls.append(1), classes(self, pixels))[1]
+    )
+    words = command.format(write_pictures(tmp_path / "a", 4), checkpoints["dvae"]).split()
+    run(*words, f"extractor=inception:{inception_files['probabilities']}")
+    assert len(calls) == 1  # when it was loaded
 
 
 def test_interrupted_tokenizer_evaluation_goes_on_and_gives_the_same(

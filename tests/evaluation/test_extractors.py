@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dalle1.checkpoint import load_clip
 from dalle1.data.transforms import to_pixels
-from dalle1.evaluation.extractors import load_extractor
+from dalle1.evaluation.extractors import InceptionExtractor, load_extractor
 
 CLIP_PICTURES = {
     "crop_size": {"height": 16, "width": 16},
@@ -118,6 +118,21 @@ def test_inception_classes_are_probabilities_without_the_output_bias(inception_f
         assert result.probabilities is not None
         expected = (result.features @ weight.detach().T).softmax(1)
         assert torch.allclose(result.probabilities, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["probabilities", "resizing"])
+def test_inception_runs_once_where_nobody_wants_classes(
+    kind: str, inception_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = f"inception:{inception_files[kind]}"
+    both, features_alone = load_extractor(place), load_extractor(place, classes=False)
+    given = pictures((14, 20), (14, 20), (9, 30))
+    expected = both(given)
+    monkeypatch.setattr(InceptionExtractor, "_classes", None)
+    result = features_alone(given)
+    assert torch.equal(result.features, expected.features)
+    assert (result.probabilities, features_alone.has_classes) == (None, False)
+    assert both.name == features_alone.name
 
 
 def test_names_have_a_hash_of_the_content(

@@ -193,6 +193,18 @@ def test_numbers_say_with_what_and_of_how_many_they_are(
     ]
 
 
+def test_features_without_classes_are_not_taken_for_those_with(
+    write_pictures: Callable[..., Path], inception_files: dict[str, Path], tmp_path: Path
+) -> None:
+    pictures = open_pictures([str(write_pictures(tmp_path / "a", 20))])
+    place = f"inception:{inception_files['probabilities']}"
+    alone = features(pictures, load_extractor(place, classes=False), tmp_path / "cache")
+    assert class_score(alone).values == {}
+    both = features(pictures, load_extractor(place), tmp_path / "cache")
+    assert len(class_score(both).values) == 2
+    assert torch.equal(alone.features(), both.features())
+
+
 def test_too_few_pictures_are_noted(write_pictures: Callable[..., Path], extractor: Extractor, tmp_path: Path) -> None:
     pictures = open_pictures([str(write_pictures(tmp_path / "a", 3))])
     few = features(pictures, extractor, tmp_path / "cache")

@@ -52,15 +52,16 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
 
 
-def load_extractors(options: argparse.Namespace) -> list[Extractor]:
-    """Those that the options name, else the CLIP of the run, on the CPU, each once.
+def load_extractors(options: argparse.Namespace, *, classes: bool = False) -> list[Extractor]:
+    """Those that the options name, else the CLIP of the run, on the CPU, each once; `classes` as `load_extractor`.
 
     Raises: ValueError or OSError as `load_extractor`; ValueError if one is named twice.
     """
     if options.extractor is None:
         options.extractor = [f"clip:{default_model('clip', options.name)}"]
     extractors = [
-        load_extractor(specification, allow_download=options.allow_download) for specification in options.extractor
+        load_extractor(specification, allow_download=options.allow_download, classes=classes)
+        for specification in options.extractor
     ]
     names = [extractor.name for extractor in extractors]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -118,8 +118,11 @@ class InceptionExtractor:
 
     reads_text = False
 
-    def __init__(self, network: torch.jit.ScriptModule, *, path: str, sha256: str) -> None:
-        """Try the network on some pictures. Raises: ValueError if it has another interface."""
+    def __init__(self, network: torch.jit.ScriptModule, *, path: str, sha256: str, classes: bool = True) -> None:
+        """Try the network on some pictures; without `classes` it gives features alone, in half the time.
+
+        Raises: ValueError if it has another interface.
+        """
         self._network = network.eval()
         self._device = torch.device("cpu")
         self._prepare = Preprocessing(resize=(INCEPTION_SIDE, INCEPTION_SIDE), mode="bilinear", crop=None, scale=1.0)
@@ -129,10 +132,10 @@ class InceptionExtractor:
             forward: Any = network.forward  # a method of the file, not of the class
             names = {argument.name for argument in forward.schema.arguments}
             self._of_classes = {"no_output_bias": True} if "no_output_bias" in names else {}
-            features, classes = self._run(probe)
-            if features.shape[:1] != (2,) or features.ndim != 2 or classes.ndim != 2 or len(classes) != 2:
-                raise ValueError(f"it gave shapes {tuple(features.shape)} and {tuple(classes.shape)}")
-            if not bool(features.isfinite().all() and classes.isfinite().all()):
+            features, scores = self._features(probe), self._classes(probe)
+            if features.shape[:1] != (2,) or features.ndim != 2 or scores.ndim != 2 or len(scores) != 2:
+                raise ValueError(f"it gave shapes {tuple(features.shape)} and {tuple(scores.shape)}")
+            if not bool(features.isfinite().all() and scores.isfinite().all()):
                 raise ValueError("it gave numbers that are not finite")
         except Exception as error:  # a program of others can raise anything
             raise ValueError(
@@ -141,9 +144,9 @@ class InceptionExtractor:
                 "interface of inception-2015-12-05.pt"
             ) from error
         self.n_features = features.shape[1]
-        self.has_classes = True
-        sums = classes.sum(1)
-        self._are_logits = bool((classes < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+        self.has_classes = classes
+        sums = scores.sum(1)
+        self._are_logits = bool((scores < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
         self._resizes = self._takes_any_size()
         # Features of the two ways never have one name, even of one file.
         self.name = f"inception-{'unresized-' if self._resizes else ''}{sha256[:_HASH_DIGITS]}"
@@ -163,15 +166,15 @@ class InceptionExtractor:
         """
         color = torch.tensor(_COLOR, dtype=torch.uint8).view(1, 3, 1, 1)
         try:
-            small, _ = self._run(color.expand(1, 3, *_SMALL_PICTURE).contiguous())
+            small = self._features(color.expand(1, 3, *_SMALL_PICTURE).contiguous())
         except Exception:  # a program of others says in any way that it takes no such picture
             return False
-        large, _ = self._run(color.expand(1, 3, INCEPTION_SIDE, INCEPTION_SIDE).contiguous())
+        large = self._features(color.expand(1, 3, INCEPTION_SIDE, INCEPTION_SIDE).contiguous())
         return small.shape == large.shape and bool((small - large).float().norm() <= _SAME * large.float().norm())
 
     @classmethod
-    def load(cls, path: str | Path) -> InceptionExtractor:
-        """The network in a file.
+    def load(cls, path: str | Path, *, classes: bool = True) -> InceptionExtractor:
+        """The network in a file; `classes` as `__init__` takes it.
 
         Raises: FileNotFoundError if there is none; ValueError if it is no TorchScript file, or as `__init__` does.
         """
@@ -186,7 +189,7 @@ class InceptionExtractor:
         except Exception as error:  # damaged files make the reader raise anything
             reason = short_reason(error)
             raise ValueError(f"'{path}' must be a TorchScript file, it cannot be read as one ({reason})") from error
-        return cls(network, path=str(path), sha256=sha256)
+        return cls(network, path=str(path), sha256=sha256, classes=classes)
 
     def to(self, device: torch.device) -> None:
         """Move the network."""
@@ -197,19 +200,23 @@ class InceptionExtractor:
     def __call__(self, pictures: Sequence[Tensor]) -> Features:
         """See `Extractor`."""
         if self._resizes:
-            results = [self._run(group.to(self._device)) for group in of_one_size(pictures)]
-            features, classes = (torch.cat(parts) for parts in zip(*results, strict=True))
+            groups = [group.to(self._device) for group in of_one_size(pictures)]
         else:
-            pixels = _prepared(pictures, lambda images: self._prepare(images).to(torch.uint8), self._device)
-            features, classes = self._run(pixels)
-        classes = classes.float()
-        probabilities = classes.softmax(1) if self._are_logits else classes
-        return Features(features=features.float().cpu(), probabilities=probabilities.cpu())
+            groups = [_prepared(pictures, lambda images: self._prepare(images).to(torch.uint8), self._device)]
+        features = torch.cat([self._features(pixels) for pixels in groups]).float().cpu()
+        if not self.has_classes:
+            return Features(features=features, probabilities=None)
+        scores = torch.cat([self._classes(pixels) for pixels in groups]).float()
+        return Features(features=features, probabilities=(scores.softmax(1) if self._are_logits else scores).cpu())
 
-    def _run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _features(self, pixels: Tensor) -> Tensor:
         # Optimised programs change after the first calls, and with them last digits.
         with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return self._network(pixels, return_features=True), self._network(pixels, **self._of_classes)
+            return self._network(pixels, return_features=True)
+
+    def _classes(self, pixels: Tensor) -> Tensor:
+        with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            return self._network(pixels, **self._of_classes)
 
     def text_features(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
         """See `Extractor`; it has none."""
@@ -311,12 +318,13 @@ class DINOExtractor:
         raise TypeError(f"{self.name} reads no captions")
 
 
-def load_extractor(specification: str, *, allow_download: bool = False) -> Extractor:
+def load_extractor(specification: str, *, allow_download: bool = False, classes: bool = True) -> Extractor:
     """The extractor of a specification (see the module's docstring), on the CPU.
 
     Args:
         specification: Kind and place.
         allow_download: Whether a file or model that is not on this machine may be fetched from the hub.
+        classes: Whether class probabilities are wanted of extractors that can give them.
 
     Raises: ValueError for another kind; OSError if it is not there; ValueError if it is damaged or something else.
     """
@@ -330,8 +338,8 @@ def load_extractor(specification: str, *, allow_download: bool = False) -> Extra
     if kind == "hf":
         return _load_hf(place, allow_download)
     if place.startswith(_HUB_PREFIX):
-        return InceptionExtractor.load(_find_on_hub(place.removeprefix(_HUB_PREFIX), allow_download))
-    return InceptionExtractor.load(place)
+        place = _find_on_hub(place.removeprefix(_HUB_PREFIX), allow_download)
+    return InceptionExtractor.load(place, classes=classes)
 
 
 def _load_hf(name: str, allow_download: bool) -> Extractor:

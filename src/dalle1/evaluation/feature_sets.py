@@ -96,6 +96,8 @@ def extract(
         "treatment": treatment.facts,
         "at_once": PICTURES_AT_ONCE,
     }
+    # What has no classes is not taken for what has.
+    recipe |= {"classes": True} if extractor.has_classes else {}
     chunks = compute_chunks(
         compute, len(pictures), recipe=recipe, cache=cache, ranks=ranks, label=label, chunk_size=chunk_size
     )

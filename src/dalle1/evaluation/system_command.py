@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
     out = choose_out(options)
     reference = open_pictures(options.reference, caption=options.caption or "text", on_bad_sample=options.on_bad_sample)
     without = None if options.without is None else _read_keys(options.without)
-    extractors = load_extractors(options)
+    extractors = load_extractors(options, classes=True)
     with joined_ranks() as ranks:
         device = ranks.choose_device(options.device)
         reference, skipped = readable(reference, cache=options.cache, ranks=ranks, label="reference pictures")
