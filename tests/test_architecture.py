@@ -36,6 +36,7 @@ LAYERS = [
         "evaluation.extractors",
         "evaluation.picture_sets",
         "evaluation.ranks",
+        "evaluation.readable_pictures",
         "convert",
         "export",
         "reconstruct",
@@ -65,7 +66,7 @@ LAYERS = [
     ["losses"],
     ["models"],
     ["data"],
-    ["run_status", "sharded_files"],
+    ["run_models", "run_status", "sharded_files"],
     ["atomic_files"],
 ]
 # Where each framework may appear; everything else is plain PyTorch.

@@ -1,4 +1,4 @@
-"""What a trained dVAE makes of pictures: `python -m dalle1.reconstruct IMAGES... [ckpt=PATH] [out=DIR]`.
+"""What a trained dVAE makes of pictures: `python -m dalle1.reconstruct IMAGES... [name=RUN] [out=DIR]`.
 
 IMAGES are files, folders, globs and .tar shards; pictures may have any size. For each, `<name>.png` shows the
 original, its reconstruction and its tokens side by side, and `<name>.npy` is the token grid. Errors are in
@@ -37,8 +37,7 @@ from dalle1.models.dvae import DVAE
 from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.pipeline import choose_device
 from dalle1.results import new_directory
-
-DEFAULT_CHECKPOINT = "runs/shapes/dvae/checkpoints/last.ckpt"
+from dalle1.run_models import add_name_argument, choose_models, default_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,13 +238,15 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, globs, .tar shards")
-    parser.add_argument("--ckpt", default=DEFAULT_CHECKPOINT, help="the dVAE (default: %(default)s)")
+    add_name_argument(parser)
+    parser.add_argument("--ckpt", metavar="PATH", help=f"the dVAE (default: {default_model('dvae')})")
     parser.add_argument("--out", help="directory to write to (default: runs/reconstructions/<name>-<time>)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--side", type=int, help="shrink pictures to this short side first, in pixels")
     parser.add_argument("--background", default="white", help="what transparent parts show (default: %(default)s)")
-    arguments = dashed_options(sys.argv[1:], ("ckpt", "out", "device", "side", "background"))
+    arguments = dashed_options(sys.argv[1:], ("name", "ckpt", "out", "device", "side", "background"))
     options = parser.parse_intermixed_args(arguments)
+    choose_models(options, ckpt="dvae")
     files = find_pictures(options.images)
     device = choose_device(options.device)
     loaded = load_dvae(options.ckpt)

@@ -1,4 +1,4 @@
-"""How likely pictures are under captions: `python -m dalle1.score IMAGES... [transformer=PATH] [dvae=PATH] [out=DIR]`.
+"""How likely pictures are under captions: `python -m dalle1.score IMAGES... [name=RUN] [out=DIR]`.
 
 IMAGES are files, folders, globs and .tar shards; pictures may have any size. A picture's caption is that of its shard
 or the .txt of its name beside it, else the prompt that it was sampled with; `caption=` stands for all pictures, and
@@ -39,11 +39,10 @@ from dalle1.evaluation.pictures import heat_legend, heat_map, save_picture, to_p
 from dalle1.picture_grid import GridBlock, draw_page
 from dalle1.pipeline import Pipeline, choose_device
 from dalle1.results import new_directory
+from dalle1.run_models import add_name_argument, choose_models, default_model
 from dalle1.sampling.prompts import read_lines
 from dalle1.tokenizers.text import TextTokenizer
 
-DEFAULT_TRANSFORMER = "runs/shapes/transformer/checkpoints/last.ckpt"
-DEFAULT_DVAE = "runs/shapes/dvae/checkpoints/last.ckpt"
 _MOST_SHOWN = 4  # captions of a picture that are drawn and printed
 _MOST_PRINTED = 20  # pictures
 _PANEL_SIDE = 240  # pixels; panels are enlarged to it, so that their numbers fit below them,
@@ -384,16 +383,20 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, globs, .tar shards")
-    parser.add_argument("--transformer", default=DEFAULT_TRANSFORMER, help="(default: %(default)s)")
-    parser.add_argument("--dvae", default=DEFAULT_DVAE, help="the transformer's own (default: %(default)s)")
+    add_name_argument(parser)
+    parser.add_argument("--transformer", metavar="PATH", help=f"(default: {default_model('transformer')})")
+    parser.add_argument(
+        "--dvae", metavar="PATH", help=f"what the transformer was trained with (default: {default_model('dvae')})"
+    )
     parser.add_argument("--caption", help="the caption of all pictures")
     parser.add_argument("--captions", metavar="FILE", help="score every picture under every line of this file")
     parser.add_argument("--out", help="directory to write to (default: runs/scores/<name>-<time>)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences computed at once (default: %(default)s)")
     parser.add_argument("--background", default="white", help="what transparent parts show (default: %(default)s)")
-    names = ("transformer", "dvae", "caption", "captions", "out", "device", "batch_size", "background")
+    names = ("name", "transformer", "dvae", "caption", "captions", "out", "device", "batch_size", "background")
     options = parser.parse_intermixed_args(dashed_options(sys.argv[1:], names))
+    choose_models(options, transformer="transformer", dvae="dvae")
     captions = _given_captions(options.caption, options.captions)
     files = find_pictures(options.images)
     device = choose_device(options.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from PIL import Image
 from dalle1.checkpoint import load_dvae, weights_sha256
 from dalle1.data import shapes
 from dalle1.data.transforms import to_pixels
-from dalle1.evaluate import main
 from dalle1.evaluation import chunks, reconstructions
 from dalle1.evaluation.distances import frechet_distance
-from dalle1.evaluation.extractors import CLIPExtractor, load_extractor
+from dalle1.evaluation.extractors import CLIPExtractor, InceptionExtractor, load_extractor
 from dalle1.evaluation.image_quality import psnr_db, squared_error, ssim
 from dalle1.evaluation.pictures import to_uint8
 from dalle1.evaluation.shapes_scorer import score
@@ -31,43 +29,6 @@ from dalle1.reconstruct import reconstruct
 from dalle1.results import SampleRun
 
 Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Calls a command in `tmp_path`; returns what it writes to `evaluation.json`, or what it says if it fails."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object, out: str = "result", code: int = 0) -> dict[str, Any]:
-        words = [*map(str, arguments), f"out={out}", "device=cpu"]
-        monkeypatch.setattr(sys, "argv", ["evaluate", *words])
-        capsys.readouterr()
-        if code:
-            with pytest.raises(SystemExit) as stopped:
-                main()
-            assert stopped.value.code == code
-            error = capsys.readouterr().err
-            assert not Path(out).exists()
-            return {"error": error}
-        main()
-        return json.loads((tmp_path / out / "evaluation.json").read_text()) | {"printed": capsys.readouterr().out}
-
-    return call
-
-
-@pytest.fixture
-def system(run: Run, checkpoints: dict[str, Path], inception_files: dict[str, Path]) -> Run:
-    """`evaluate system` with the tiny models."""
-
-    def call(*arguments: object, samples: bool = False, **options: Any) -> dict[str, Any]:
-        models = [] if samples else [f"{name}={checkpoints[name]}" for name in ("transformer", "dvae")]
-        extractors = [
-            f"extractor=inception:{inception_files['probabilities']}",
-            f"extractor=clip:{checkpoints['clip']}",
-        ]
-        return run("system", *arguments, *models, *extractors, **options)
-
-    return call
 
 
 def value(content: dict[str, Any], name: str) -> float:
@@ -123,6 +84,25 @@ def test_tokenizer_numbers_are_those_of_each_picture_by_itself(
     assert content["checkpoints"]["dvae"]["sha256"] == weights_sha256(dvae.state_dict())
     assert content["extractors"][extractor.name]["kind"] == "inception"
     assert all(name in content["printed"] for name in numbers)
+
+
+@pytest.mark.parametrize("command", ["tokenizer {0} dvae={1}", "overlap train={0} val={0}"])
+def test_classes_are_computed_only_where_a_number_needs_them(
+    command: str,
+    run: Run,
+    write_pictures: Callable[..., Path],
+    checkpoints: dict[str, Path],
+    inception_files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    classes, calls = InceptionExtractor._classes, []
+    monkeypatch.setattr(
+        InceptionExtractor, "_classes", lambda self, pixels: (calls.append(1), classes(self, pixels))[1]
+    )
+    words = command.format(write_pictures(tmp_path / "a", 4), checkpoints["dvae"]).split()
+    run(*words, f"extractor=inception:{inception_files['probabilities']}")
+    assert len(calls) == 1  # when it was loaded
 
 
 def test_interrupted_tokenizer_evaluation_goes_on_and_gives_the_same(
@@ -312,6 +292,23 @@ def test_scenes_are_scored_by_what_their_captions_say(
     content = system(write_pictures(tmp_path / "a", 5), f"samples={folder}", samples=True)
     assert 0 < np.mean(right) < 1
     assert content["numbers"]["prompt_accuracy[shapes_scorer,n=6]"] == np.mean(right)
+
+
+def test_captions_that_a_clip_cannot_read_leave_out_their_pictures_alone(
+    system: Run, write_pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = write_pictures(tmp_path / "a", 5)
+    (folder / "001.txt").write_text("a caption without end " * 100)
+    content = system(folder, f"samples={folder}", samples=True)
+    clip = list(content["extractors"])[1]
+    assert f"clip_score[{clip},n=4,blur=0,captions_left_out=1]" in content["numbers"]
+    assert sum(f"1 of 5 captions cannot be read by {clip}" in note for note in content["notes"]) == 1
+    # Without captions there is no score, and all else is as it was.
+    (folder / "001.txt").unlink()
+    without = system(folder, f"samples={folder}", samples=True, out="without")
+    assert sum(f"the CLIP score of {clip} is left out: " in note for note in without["notes"]) == 1
+    assert without["numbers"].items() <= content["numbers"].items()
+    assert len(without["numbers"]) == len(content["numbers"]) - 1
 
 
 def test_captions_are_drawn_once_each_and_by_seed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dalle1.checkpoint import load_clip
 from dalle1.data.transforms import to_pixels
-from dalle1.evaluation.extractors import load_extractor
+from dalle1.evaluation.extractors import InceptionExtractor, load_extractor
 
 CLIP_PICTURES = {
     "crop_size": {"height": 16, "width": 16},
@@ -61,6 +62,50 @@ def test_inception_sees_what_pillow_resizes_to_299_pixels(inception_files: dict[
         assert torch.allclose(features, expected, atol=2e-4)
 
 
+def test_inception_that_resizes_by_itself_gets_pictures_as_they_are(inception_files: dict[str, Path]) -> None:
+    extractor = load_extractor(f"inception:{inception_files['resizing']}")
+    sha256 = hashlib.sha256(inception_files["resizing"].read_bytes()).hexdigest()
+    assert extractor.name == f"inception-unresized-{sha256[:8]}"
+    assert extractor.facts["resized_by"] == "the file itself"
+    given = pictures((14, 20), (14, 20), (400, 310), (299, 299), (14, 20))
+    result = extractor(given)
+    assert result.probabilities is not None
+    for features, probabilities, picture in zip(result.features, result.probabilities, given, strict=True):
+        # TensorFlow's pixel i of 299 is at i * length / 299 of the picture, without halves.
+        rows, cols = (torch.arange(299) * side / 299 for side in picture.shape[1:])
+        expected = torch.nn.functional.adaptive_avg_pool2d(bilinear(picture, rows, cols)[None] / 255, [2, 2]).flatten()
+        assert torch.allclose(features, expected, atol=1e-4)
+        assert float(probabilities.sum()) == pytest.approx(1)
+    resized = load_extractor(f"inception:{inception_files['probabilities']}")(given).features
+    # The two ways see the same in 299 x 299 pixels, and only there.
+    same = [torch.allclose(a, b, atol=1e-4) for a, b in zip(result.features, resized, strict=True)]
+    assert same == [False, False, False, True, False]
+
+
+def bilinear(picture: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """The picture at these places, whose last pixels go on."""
+    values = picture.double()
+    for axis, places in ((1, rows), (2, cols)):
+        below = places.long()
+        above = (below + 1).clamp(max=values.shape[axis] - 1)
+        shape = [1, 1, 1]
+        shape[axis] = -1
+        share = (places - below).double().view(shape)
+        values = values.index_select(axis, below) * (1 - share) + values.index_select(axis, above) * share
+    return values.float()
+
+
+@pytest.mark.parametrize("kind", ["probabilities", "convolutional"])
+def test_inception_that_does_not_resize_gets_299_pixels(kind: str, inception_files: dict[str, Path]) -> None:
+    extractor = load_extractor(f"inception:{inception_files[kind]}")
+    assert "unresized" not in extractor.name
+    assert extractor.facts["resized_by"] == "bilinear with antialias, before it"
+    (picture,) = pictures((14, 20))
+    resized = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((299, 299), Image.Resampling.BILINEAR)
+    seen = extractor([picture]).features
+    assert torch.allclose(seen, extractor([to_pixels(resized).contiguous()]).features, atol=2e-3)
+
+
 def test_inception_classes_are_probabilities_without_the_output_bias(inception_files: dict[str, Path]) -> None:
     given = pictures((14, 20), (14, 20))
     results = {
@@ -73,6 +118,21 @@ def test_inception_classes_are_probabilities_without_the_output_bias(inception_f
         assert result.probabilities is not None
         expected = (result.features @ weight.detach().T).softmax(1)
         assert torch.allclose(result.probabilities, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["probabilities", "resizing"])
+def test_inception_runs_once_where_nobody_wants_classes(
+    kind: str, inception_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = f"inception:{inception_files[kind]}"
+    both, features_alone = load_extractor(place), load_extractor(place, classes=False)
+    given = pictures((14, 20), (14, 20), (9, 30))
+    expected = both(given)
+    monkeypatch.setattr(InceptionExtractor, "_classes", None)
+    result = features_alone(given)
+    assert torch.equal(result.features, expected.features)
+    assert (result.probabilities, features_alone.has_classes) == (None, False)
+    assert both.name == features_alone.name
 
 
 def test_names_have_a_hash_of_the_content(

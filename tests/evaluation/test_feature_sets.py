@@ -193,6 +193,18 @@ def test_numbers_say_with_what_and_of_how_many_they_are(
     ]
 
 
+def test_features_without_classes_are_not_taken_for_those_with(
+    write_pictures: Callable[..., Path], inception_files: dict[str, Path], tmp_path: Path
+) -> None:
+    pictures = open_pictures([str(write_pictures(tmp_path / "a", 20))])
+    place = f"inception:{inception_files['probabilities']}"
+    alone = features(pictures, load_extractor(place, classes=False), tmp_path / "cache")
+    assert class_score(alone).values == {}
+    both = features(pictures, load_extractor(place), tmp_path / "cache")
+    assert len(class_score(both).values) == 2
+    assert torch.equal(alone.features(), both.features())
+
+
 def test_too_few_pictures_are_noted(write_pictures: Callable[..., Path], extractor: Extractor, tmp_path: Path) -> None:
     pictures = open_pictures([str(write_pictures(tmp_path / "a", 3))])
     few = features(pictures, extractor, tmp_path / "cache")
@@ -213,14 +225,30 @@ def test_clip_score_is_the_mean_cosine_of_pictures_and_their_captions(
     clip = load_extractor(f"clip:{checkpoints['clip']}")
     folder = write_pictures(tmp_path / "a", 6)
     pictures = open_pictures([str(folder)])
-    texts = read_captions(pictures.captions, clip)
-    numbers = caption_score(features(pictures, clip, tmp_path / "cache"), pictures.captions, texts)
+    of_pictures = features(pictures, clip, tmp_path / "cache")
+    read = read_captions(pictures.captions, clip)
+    numbers = caption_score(of_pictures, pictures.captions, *read)
     reranker = CLIPReranker.load(checkpoints["clip"])
     cosines = [
         float(reranker.score(caption, to_pixels(Image.open(path))[None] / 255, torch.zeros(1, 3, 4)))
         for caption, path in zip(pictures.captions, sorted(folder.glob("*.png")), strict=True)
     ]
     assert numbers.values == {f"clip_score[{clip.name},n=6,blur=0]": pytest.approx(np.mean(cosines), abs=1e-5)}
+    assert not numbers.notes
+    # One that is too long leaves out its own picture alone.
+    captions = [*pictures.captions]
+    captions[2] = captions[4] = "a caption without end " * 100
+    numbers = caption_score(of_pictures, captions, *read_captions(captions, clip), tag="best_of=1")
+    name = f"clip_score[{clip.name},n=4,blur=0,captions_left_out=2,best_of=1]"
+    assert numbers.values == {name: pytest.approx(np.mean([cosines[i] for i in (0, 1, 3, 5)]), abs=1e-5)}
+    (note,) = numbers.notes
+    assert (
+        f"2 of 6 captions cannot be read by {clip.name} and are left out of its CLIP score (caption must have" in note
+    )
+    assert len(note) < 300
+    nothing = caption_score(of_pictures, captions[2:3] * 6, *read_captions(captions[2:3], clip))
+    assert not nothing.values
+    assert "6 of 6 captions cannot be read" in nothing.notes[0]
 
 
 def test_sets_of_other_treatments_or_extractors_are_not_compared(

@@ -82,7 +82,7 @@ def write_python(directory: Path) -> None:
 
 def test_every_command_of_the_tutorial_works(checkout: Path) -> None:
     script = commands()
-    assert script.count("python ") == 15
+    assert script.count("python ") == 17
     (checkout / "bin").mkdir()
     write_python(checkout / "bin")
     environment = os.environ | {
@@ -104,4 +104,5 @@ def test_every_command_of_the_tutorial_works(checkout: Path) -> None:
         "from-exported/grid.png",
     ):
         assert (checkout / path).is_file(), path
+    assert len(list((checkout / "runs" / "evaluations").glob("*/evaluation.json"))) == 2
     assert len(list((checkout / "runs" / "mine" / "samples").glob("*/index.html"))) == 3

@@ -16,20 +16,21 @@ from dalle1.evaluation.chunks import DEFAULT_CACHE
 from dalle1.evaluation.extractors import Extractor, load_extractor
 from dalle1.evaluation.feature_sets import Numbers
 from dalle1.results import new_directory, versions
+from dalle1.run_models import add_name_argument, default_model
 
 FILE_NAME = "evaluation.json"
-DEFAULT_EXTRACTOR = "clip:runs/shapes/clip/checkpoints/last.ckpt"
 _FORMAT_VERSION = 1
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser, *, seed: bool = True) -> None:
     """Options of every evaluation that looks at features; `seed` for those that draw something."""
+    add_name_argument(parser)
     parser.add_argument(
         "--extractor",
         action="append",
         metavar="KIND:PLACE",
         help="inception:FILE, clip:CHECKPOINT or hf:NAME_OR_DIR; may be given several times "
-        f"(default: {DEFAULT_EXTRACTOR})",
+        f"(default: clip:{default_model('clip')})",
     )
     parser.add_argument(
         "--allow_download", action="store_true", help="fetch what is not here from the Hugging Face hub"
@@ -51,14 +52,16 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
 
 
-def load_extractors(options: argparse.Namespace) -> list[Extractor]:
-    """Those that the options name, on the CPU, each once.
+def load_extractors(options: argparse.Namespace, *, classes: bool = False) -> list[Extractor]:
+    """Those that the options name, else the CLIP of the run, on the CPU, each once; `classes` as `load_extractor`.
 
     Raises: ValueError or OSError as `load_extractor`; ValueError if one is named twice.
     """
+    if options.extractor is None:
+        options.extractor = [f"clip:{default_model('clip', options.name)}"]
     extractors = [
-        load_extractor(specification, allow_download=options.allow_download)
-        for specification in options.extractor or [DEFAULT_EXTRACTOR]
+        load_extractor(specification, allow_download=options.allow_download, classes=classes)
+        for specification in options.extractor
     ]
     names = [extractor.name for extractor in extractors]
     if twice := next((name for name in names if names.count(name) > 1), None):

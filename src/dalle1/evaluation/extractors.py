@@ -14,8 +14,10 @@ first computed without that bias. Such a file is a program, in a language of its
 pickle in it is run, but it can compute for as long as it likes and read files that its operators can name. Take it from
 where you would take a program from.
 
-Pictures come to Inception as 299 x 299 pixels, whatever their aspect, resized bilinearly with antialias and rounded to
-8 bits, as Pillow does it. CLIP, SigLIP and DINOv2 are shown what their own preprocessing makes of a picture.
+A file that resizes pictures by itself, as inception-2015-12-05.pt does (with TensorFlow's alignment and no antialias),
+gets them as they are, so its FIDs are those of StyleGAN's tools. To another they come as 299 x 299 pixels, whatever
+their aspect, resized bilinearly with antialias and rounded to 8 bits, as Pillow does it. Which it is, is tried at
+loading. CLIP, SigLIP and DINOv2 are shown what their own preprocessing makes of a picture.
 """
 
 from __future__ import annotations
@@ -51,6 +53,10 @@ from dalle1.rerank.hf_files import (
 from dalle1.rerank.hf_preprocessing import Preprocessing, read_preprocessing
 
 INCEPTION_SIDE = 299  # pixels
+# Height and width of the picture on which a file shows that it resizes: far below what its convolutions could do with.
+_SMALL_PICTURE = (24, 16)
+_COLOR = (200, 90, 30)
+_SAME = 0.01  # relative difference of two features that are taken for equal; fp16 and resizing make far less
 _HUB_PREFIX = "hf://"
 _HASH_DIGITS = 8  # of a content's hash, in names
 _TEXTS_AT_ONCE = 64
@@ -112,22 +118,24 @@ class InceptionExtractor:
 
     reads_text = False
 
-    def __init__(self, network: torch.jit.ScriptModule, *, path: str, sha256: str) -> None:
-        """Try the network on two pictures. Raises: ValueError if it has another interface."""
+    def __init__(self, network: torch.jit.ScriptModule, *, path: str, sha256: str, classes: bool = True) -> None:
+        """Try the network on some pictures; without `classes` it gives features alone, in half the time.
+
+        Raises: ValueError if it has another interface.
+        """
         self._network = network.eval()
         self._device = torch.device("cpu")
         self._prepare = Preprocessing(resize=(INCEPTION_SIDE, INCEPTION_SIDE), mode="bilinear", crop=None, scale=1.0)
-        self.name = f"inception-{sha256[:_HASH_DIGITS]}"
         levels = torch.arange(2 * 3 * INCEPTION_SIDE**2) % 251
         probe = levels.to(torch.uint8).view(2, 3, INCEPTION_SIDE, INCEPTION_SIDE)
         try:
             forward: Any = network.forward  # a method of the file, not of the class
             names = {argument.name for argument in forward.schema.arguments}
             self._of_classes = {"no_output_bias": True} if "no_output_bias" in names else {}
-            features, classes = self._run(probe)
-            if features.shape[:1] != (2,) or features.ndim != 2 or classes.ndim != 2 or len(classes) != 2:
-                raise ValueError(f"it gave shapes {tuple(features.shape)} and {tuple(classes.shape)}")
-            if not bool(features.isfinite().all() and classes.isfinite().all()):
+            features, scores = self._features(probe), self._classes(probe)
+            if features.shape[:1] != (2,) or features.ndim != 2 or scores.ndim != 2 or len(scores) != 2:
+                raise ValueError(f"it gave shapes {tuple(features.shape)} and {tuple(scores.shape)}")
+            if not bool(features.isfinite().all() and scores.isfinite().all()):
                 raise ValueError("it gave numbers that are not finite")
         except Exception as error:  # a program of others can raise anything
             raise ValueError(
@@ -136,19 +144,37 @@ class InceptionExtractor:
                 "interface of inception-2015-12-05.pt"
             ) from error
         self.n_features = features.shape[1]
-        self.has_classes = True
-        sums = classes.sum(1)
-        self._are_logits = bool((classes < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+        self.has_classes = classes
+        sums = scores.sum(1)
+        self._are_logits = bool((scores < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+        self._resizes = self._takes_any_size()
+        # Features of the two ways never have one name, even of one file.
+        self.name = f"inception-{'unresized-' if self._resizes else ''}{sha256[:_HASH_DIGITS]}"
         self.facts = {
             "kind": "inception",
             "file": path,
             "sha256": sha256,
             "without_output_bias": bool(self._of_classes),
+            "resized_by": "the file itself" if self._resizes else "bilinear with antialias, before it",
         }
 
+    def _takes_any_size(self) -> bool:
+        """Whether the network itself brings pictures to the size that it looks at.
+
+        A small one must be no error, and in one of a single color it must see what it sees in a large one: convolutions
+        alone would see more of the border.
+        """
+        color = torch.tensor(_COLOR, dtype=torch.uint8).view(1, 3, 1, 1)
+        try:
+            small = self._features(color.expand(1, 3, *_SMALL_PICTURE).contiguous())
+        except Exception:  # a program of others says in any way that it takes no such picture
+            return False
+        large = self._features(color.expand(1, 3, INCEPTION_SIDE, INCEPTION_SIDE).contiguous())
+        return small.shape == large.shape and bool((small - large).float().norm() <= _SAME * large.float().norm())
+
     @classmethod
-    def load(cls, path: str | Path) -> InceptionExtractor:
-        """The network in a file.
+    def load(cls, path: str | Path, *, classes: bool = True) -> InceptionExtractor:
+        """The network in a file; `classes` as `__init__` takes it.
 
         Raises: FileNotFoundError if there is none; ValueError if it is no TorchScript file, or as `__init__` does.
         """
@@ -163,7 +189,7 @@ class InceptionExtractor:
         except Exception as error:  # damaged files make the reader raise anything
             reason = short_reason(error)
             raise ValueError(f"'{path}' must be a TorchScript file, it cannot be read as one ({reason})") from error
-        return cls(network, path=str(path), sha256=sha256)
+        return cls(network, path=str(path), sha256=sha256, classes=classes)
 
     def to(self, device: torch.device) -> None:
         """Move the network."""
@@ -173,16 +199,24 @@ class InceptionExtractor:
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Tensor]) -> Features:
         """See `Extractor`."""
-        pixels = _prepared(pictures, lambda images: self._prepare(images).to(torch.uint8), self._device)
-        features, classes = self._run(pixels)
-        classes = classes.float()
-        probabilities = classes.softmax(1) if self._are_logits else classes
-        return Features(features=features.float().cpu(), probabilities=probabilities.cpu())
+        if self._resizes:
+            groups = [group.to(self._device) for group in of_one_size(pictures)]
+        else:
+            groups = [_prepared(pictures, lambda images: self._prepare(images).to(torch.uint8), self._device)]
+        features = torch.cat([self._features(pixels) for pixels in groups]).float().cpu()
+        if not self.has_classes:
+            return Features(features=features, probabilities=None)
+        scores = torch.cat([self._classes(pixels) for pixels in groups]).float()
+        return Features(features=features, probabilities=(scores.softmax(1) if self._are_logits else scores).cpu())
 
-    def _run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _features(self, pixels: Tensor) -> Tensor:
         # Optimised programs change after the first calls, and with them last digits.
         with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return self._network(pixels, return_features=True), self._network(pixels, **self._of_classes)
+            return self._network(pixels, return_features=True)
+
+    def _classes(self, pixels: Tensor) -> Tensor:
+        with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            return self._network(pixels, **self._of_classes)
 
     def text_features(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
         """See `Extractor`; it has none."""
@@ -284,12 +318,13 @@ class DINOExtractor:
         raise TypeError(f"{self.name} reads no captions")
 
 
-def load_extractor(specification: str, *, allow_download: bool = False) -> Extractor:
+def load_extractor(specification: str, *, allow_download: bool = False, classes: bool = True) -> Extractor:
     """The extractor of a specification (see the module's docstring), on the CPU.
 
     Args:
         specification: Kind and place.
         allow_download: Whether a file or model that is not on this machine may be fetched from the hub.
+        classes: Whether class probabilities are wanted of extractors that can give them.
 
     Raises: ValueError for another kind; OSError if it is not there; ValueError if it is damaged or something else.
     """
@@ -303,8 +338,8 @@ def load_extractor(specification: str, *, allow_download: bool = False) -> Extra
     if kind == "hf":
         return _load_hf(place, allow_download)
     if place.startswith(_HUB_PREFIX):
-        return InceptionExtractor.load(_find_on_hub(place.removeprefix(_HUB_PREFIX), allow_download))
-    return InceptionExtractor.load(place)
+        place = _find_on_hub(place.removeprefix(_HUB_PREFIX), allow_download)
+    return InceptionExtractor.load(place, classes=classes)
 
 
 def _load_hf(name: str, allow_download: bool) -> Extractor:
@@ -364,3 +399,14 @@ def _prepared(
     if len({picture.shape for picture in pictures}) == 1:
         return prepare(to_unit_interval(torch.stack(list(pictures)).to(device)))
     return torch.cat([prepare(to_unit_interval(picture[None].to(device))) for picture in pictures])
+
+
+def of_one_size(pictures: Sequence[Tensor]) -> list[Tensor]:
+    """uint8 (b, 3, h, w) each: consecutive pictures of one size."""
+    groups: list[list[Tensor]] = []
+    for picture in pictures:
+        if groups and groups[-1][0].shape == picture.shape:
+            groups[-1].append(picture)
+        else:
+            groups.append([picture])
+    return [torch.stack(group) for group in groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from dalle1.evaluation.ranks import Ranks
 
 PICTURES_AT_ONCE = 32  # that are in memory and go through a network together
 _CAPTIONS_AT_ONCE = 64
+_LONGEST_REASON = 160  # characters; reasons cite captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,8 @@ def extract(
         "treatment": treatment.facts,
         "at_once": PICTURES_AT_ONCE,
     }
+    # What has no classes is not taken for what has.
+    recipe |= {"classes": True} if extractor.has_classes else {}
     chunks = compute_chunks(
         compute, len(pictures), recipe=recipe, cache=cache, ranks=ranks, label=label, chunk_size=chunk_size
     )
@@ -176,29 +180,58 @@ def class_score(samples: FeatureSet, *, tag: str = "") -> Numbers:
     return Numbers(values=values, notes=[])
 
 
-def read_captions(captions: Sequence[str], extractor: Extractor) -> dict[str, Tensor]:
+def read_captions(captions: Sequence[str], extractor: Extractor) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Features of each caption, for `caption_score`, from an extractor that reads text.
 
-    Raises: ValueError for a caption that is too long for it.
+    And the captions that it cannot read, such as are too long for it, with the reason.
     """
     distinct = list(dict.fromkeys(captions))
     starts = range(0, len(distinct), _CAPTIONS_AT_ONCE)
-    parts = tqdm(starts, desc=f"{extractor.name}, captions", delay=2.0, disable=None)
-    texts = torch.cat([extractor.text_features(distinct[i : i + _CAPTIONS_AT_ONCE]) for i in parts])
-    return dict(zip(distinct, texts, strict=True))
+    texts: dict[str, Tensor] = {}
+    unread: dict[str, str] = {}
+    for start in tqdm(starts, desc=f"{extractor.name}, captions", delay=2.0, disable=None):
+        group = distinct[start : start + _CAPTIONS_AT_ONCE]
+        try:
+            texts |= zip(group, extractor.text_features(group), strict=True)
+        except ValueError:  # says nothing of the others
+            for caption in group:
+                try:
+                    texts[caption] = extractor.text_features([caption])[0]
+                except ValueError as error:
+                    unread[caption] = str(error)
+    return texts, unread
 
 
 def caption_score(
-    samples: FeatureSet, captions: Sequence[str], texts: Mapping[str, Tensor], *, tag: str = ""
+    samples: FeatureSet,
+    captions: Sequence[str],
+    texts: Mapping[str, Tensor],
+    unread: Mapping[str, str],
+    *,
+    tag: str = "",
 ) -> Numbers:
     """CLIP score: mean cosine of each picture and its caption, in [-1, 1], neither clipped at 0 nor scaled.
 
-    `texts` are what `read_captions` made of these captions with the extractor of the samples.
+    `texts` and `unread` are what `read_captions` made of these captions with the extractor of the samples. Pictures
+    with unread captions are left out: the name and a note say how many.
     """
-    pictures = normalize(samples.features().double(), dim=1)
-    cosines = (pictures * torch.stack([texts[caption] for caption in captions]).double()).sum(1)
-    what = f"{samples.extractor},n={len(samples)},blur={samples.treatment.blur:g}" + (f",{tag}" if tag else "")
-    return Numbers(values={f"clip_score[{what}]": float(cosines.mean())}, notes=[])
+    rows = [i for i, caption in enumerate(captions) if caption not in unread]
+    left_out = len(captions) - len(rows)
+    notes = []
+    if left_out:
+        reason = textwrap.shorten(next(iter(unread.values())), _LONGEST_REASON, placeholder="...")
+        notes.append(
+            f"{left_out} of {len(captions)} captions cannot be read by {samples.extractor} and are left out of its "
+            f"CLIP score ({reason})"
+        )
+    if not rows:
+        return Numbers(values={}, notes=notes)
+    pictures = normalize(samples.features()[rows].double(), dim=1)
+    cosines = (pictures * torch.stack([texts[captions[row]] for row in rows]).double()).sum(1)
+    what = f"{samples.extractor},n={len(rows)},blur={samples.treatment.blur:g}"
+    what += f",captions_left_out={left_out}" if left_out else ""
+    what += f",{tag}" if tag else ""
+    return Numbers(values={f"clip_score[{what}]": float(cosines.mean())}, notes=notes)
 
 
 def _described(features: FeatureSet) -> str:

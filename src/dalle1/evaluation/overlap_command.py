@@ -34,6 +34,7 @@ from dalle1.evaluation.nearest import Nearest, nearest
 from dalle1.evaluation.overlap_page import Pair, caption_of, render_overlap, thumbnail
 from dalle1.evaluation.picture_sets import PictureSet, Treatment, open_pictures, parse_size
 from dalle1.evaluation.ranks import joined_ranks
+from dalle1.evaluation.readable_pictures import add_bad_sample_argument, readable
 
 _QUANTILES = (0.5, 0.9, 0.99)  # of the similarities that are reported
 
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, default=0.95, help="cosine in [-1, 1] from which on a pair is one (%(default)s)"
     )
     parser.add_argument("--pairs", type=int, default=200, help="pairs on the page (default: %(default)s)")
+    add_bad_sample_argument(parser, pictures="pictures of both sets")
     add_shared_arguments(parser, seed=False)
 
 
@@ -124,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
     require_int("pairs", options.pairs, at_least=1)
     treatment = Treatment(size=None if options.size is None else parse_size(options.size))
     out = choose_out(options)
-    val, train = open_pictures(options.val), open_pictures(options.train)
+    val, train = (open_pictures(each, on_bad_sample=options.on_bad_sample) for each in (options.val, options.train))
     (extractor, *others) = load_extractors(options)
     if others:
         raise ValueError(f"overlap needs one extractor, got {1 + len(others)}; give one")
@@ -132,12 +134,15 @@ def run(options: argparse.Namespace) -> None:
         device = ranks.choose_device(options.device)
         extractor.to(device)
         how: dict[str, Any] = {"cache": options.cache, "ranks": ranks}
+        val, skipped = readable(val, label="validation pictures", **how)
+        train, skipped_of_train = readable(train, label="training pictures", **how)
         of_val = extract(val, extractor, treatment, label="validation pictures", **how)
         of_train = extract(train, extractor, treatment, label="training pictures", **how)
         if not ranks.is_first:
             return
         overlap = Overlap.of(extractor.name, val, train, find_nearest(of_val, of_train, device))
         numbers = overlap.numbers(options.threshold)
+        numbers |= Numbers(values={}, notes=[*skipped, *skipped_of_train])
         with atomic_directory(out) as directory:
             _write(directory, overlap, numbers, options, extractor)
     print_numbers(numbers)

@@ -21,14 +21,15 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from dalle1.data.captions import CaptionSource, draw_caption
+from dalle1.data.dataset import BadSamples, OnBadSample
 from dalle1.data.folders import TABLE_EXTENSIONS
-from dalle1.data.raw_sample import CAPTION, RawSample
-from dalle1.data.sample_index import SampleIndex
+from dalle1.data.raw_sample import CAPTION, BadSampleError, RawSample
+from dalle1.data.sample_index import SampleIndex, Selection
 from dalle1.data.sampled_picture import read_sampled_picture
 from dalle1.data.sources import open_index
 from dalle1.data.transforms import decode_image, fit_picture, to_pixels
 
-_MOST_THREADS = 8  # that read and decode
+MOST_THREADS = 8  # that read and decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class PictureSet:
         *,
         captions: Sequence[str] | None = None,
         caption: str = "text",
+        on_bad_sample: OnBadSample | None = None,
     ) -> None:
         """These samples.
 
@@ -76,6 +78,8 @@ class PictureSet:
             captions: One for each; without, they are those of the samples.
             caption: Where captions of samples stand, as `data.captions.CaptionSource` takes it; of several the first
                 counts.
+            on_bad_sample: What users asked for about pictures that cannot be decoded, which errors name as the way out
+                and `readable_pictures.readable` does; None where they cannot ask.
 
         Raises: ValueError if there is none; as `CaptionSource`.
         """
@@ -84,6 +88,8 @@ class PictureSet:
         self.samples = samples
         self._captions = captions
         self._source = CaptionSource(setting=caption)
+        self.on_bad_sample = on_bad_sample
+        self._n_skipped = 0
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -113,8 +119,7 @@ class PictureSet:
         for sample in self.samples:
             path = _file_of(sample, in_folder=folders[sample.container])
             if path not in states:
-                state = os.stat(path)
-                states[path] = f"{os.path.realpath(path)}|{state.st_size}|{state.st_mtime_ns}"
+                states[path] = f"{os.path.realpath(path)}|{_state_of(path)}"
             digest.update(f"{states[path]}|{sample.key}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
@@ -123,7 +128,16 @@ class PictureSet:
         """What it is, in plain types."""
         containers = list(dict.fromkeys(sample.container for sample in self.samples))
         shown = containers if len(containers) <= 4 else [*containers[:2], "...", containers[-1]]
-        return {"places": shown, "n_pictures": len(self), "sha256": self.sha256}
+        facts = {"places": shown, "n_pictures": len(self), "sha256": self.sha256}
+        return facts if self.on_bad_sample is None else facts | {"skipped": self._n_skipped}
+
+    def keep(self, rows: np.ndarray) -> PictureSet:
+        """The pictures with these numbers, int64 (n,) and ascending; in its facts all others are skipped ones."""
+        assert isinstance(self.samples, SampleIndex), "opened by open_pictures"
+        assert self._captions is None, "opened by open_pictures"
+        kept = PictureSet(Selection(self.samples, rows), caption=self._source.setting, on_bad_sample=self.on_bad_sample)
+        kept._n_skipped = len(self) - len(rows)
+        return kept
 
     def rows_without(self, keys: Sequence[str]) -> list[int]:
         """Numbers of the pictures whose key is not among `keys`.
@@ -147,7 +161,7 @@ class PictureSet:
         Raises: ValueError or OSError with one sentence if one cannot be read.
         """
         groups = [numbers[first : first + at_once] for first in range(0, len(numbers), at_once)]
-        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
 
             def begin(group: range) -> list[Any]:
                 return [pool.submit(self._decode, i, treatment) for i in group]
@@ -158,23 +172,45 @@ class PictureSet:
                 yield [future.result() for future in current]
             yield [future.result() for future in following]
 
+    def fault(self, i: int) -> BadSampleError | None:
+        """What is wrong with picture number `i`; None if it can be decoded."""
+        try:
+            self._picture(i)
+        except BadSampleError as error:
+            return error
+        return None
+
     def _decode(self, i: int, treatment: Treatment) -> Tensor:
+        try:
+            return treatment(self._picture(i))
+        except BadSampleError as error:
+            if self.on_bad_sample is None:
+                raise BadSampleError(f"{error}; mend it or remove it", error.kind) from error
+            BadSamples("error", option="on_bad_sample").pass_over(error)
+            raise
+
+    def _picture(self, i: int) -> Image.Image:
+        """Decoded, RGB. Raises: BadSampleError if it cannot be read or decoded."""
         sample = self.samples[i]
         data = sample.image()
         try:
-            return treatment(decode_image(data))
+            return decode_image(data)
         except ValueError as error:
-            raise ValueError(
-                f"the picture of {sample.describe()} cannot be decoded ({error}); mend it or remove it"
-            ) from error
+            message = f"the picture of {sample.describe()} cannot be decoded ({error})"
+            raise BadSampleError(message, "picture cannot be decoded") from error
 
 
-def open_pictures(patterns: Sequence[str], *, caption: str = "text") -> PictureSet:
-    """The pictures in tar shards, folders and tables that paths or globs name; `caption` as `PictureSet` takes it.
+def open_pictures(
+    patterns: Sequence[str], *, caption: str = "text", on_bad_sample: OnBadSample | None = None
+) -> PictureSet:
+    """The pictures in tar shards, folders and tables that paths or globs name.
+
+    `caption` and `on_bad_sample` as `PictureSet` takes them; with `skip` what is whole of damaged shards counts.
 
     Raises: ValueError, TypeError or OSError as `data.sources.open_index` and `PictureSet`.
     """
-    return PictureSet(open_index(patterns), caption=caption)
+    index = open_index(patterns, skip_damage=on_bad_sample == "skip")
+    return PictureSet(index, caption=caption, on_bad_sample=on_bad_sample)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -192,3 +228,12 @@ def _file_of(sample: RawSample, *, in_folder: bool) -> str:
     if sample.container.lower().endswith(TABLE_EXTENSIONS):
         return os.path.join(os.path.dirname(sample.container), sample.key)
     return sample.container
+
+
+def _state_of(path: str) -> str:
+    """Size and time of change of a file; a table may name one that is not there, which reading it will say."""
+    try:
+        state = os.stat(path)
+    except FileNotFoundError:
+        return "absent"
+    return f"{state.st_size}|{state.st_mtime_ns}"

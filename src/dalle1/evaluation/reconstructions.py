@@ -16,7 +16,7 @@ from torch import Tensor
 from dalle1.checkpoint import Loaded
 from dalle1.evaluation.chunks import CHUNK_SIZE, Chunks, compute_chunks
 from dalle1.evaluation.codebook_usage import codebook_usage
-from dalle1.evaluation.extractors import Extractor
+from dalle1.evaluation.extractors import Extractor, of_one_size
 from dalle1.evaluation.feature_sets import PICTURES_AT_ONCE, FeatureSet, Numbers, tensors_of
 from dalle1.evaluation.image_quality import SSIM_SMALLEST_SIDE, psnr_db, squared_error, ssim
 from dalle1.evaluation.picture_sets import PictureSet, Treatment
@@ -66,7 +66,7 @@ def reconstruct_all(
         number = numbers.start
         for group in pictures.decoded(numbers, treatment, at_once=PICTURES_AT_ONCE):
             seen = []
-            for same in _of_one_size(group):
+            for same in of_one_size(group):
                 noise = [_noise(likelihood.seed, i, device) for i in range(number, number + len(same))]
                 pixels, tokens, errors = _reconstruct(dvae.model, same, likelihood, noise)
                 number += len(same)
@@ -134,17 +134,6 @@ def quality(chunks: Chunks, likelihood: Likelihood, *, vocab_size: int) -> Numbe
         f"code_perplexity[{what},vocab={vocab_size}]": usage.perplexity,
     }
     return Numbers(values=values, notes=notes)
-
-
-def _of_one_size(pictures: Sequence[Tensor]) -> list[Tensor]:
-    """uint8 (b, 3, h, w) each: consecutive pictures of one size."""
-    groups: list[list[Tensor]] = []
-    for picture in pictures:
-        if groups and groups[-1][0].shape == picture.shape:
-            groups[-1].append(picture)
-        else:
-            groups.append([picture])
-    return [torch.stack(group) for group in groups]
 
 
 @torch.inference_mode()

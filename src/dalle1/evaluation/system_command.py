@@ -46,19 +46,20 @@ from dalle1.evaluation.feature_sets import (
 from dalle1.evaluation.picture_sets import PictureSet, Treatment, open_pictures, parse_size
 from dalle1.evaluation.pictures import save_picture
 from dalle1.evaluation.ranks import Ranks, joined_ranks
+from dalle1.evaluation.readable_pictures import add_bad_sample_argument, readable
 from dalle1.evaluation.sampled_sets import BEST_OF_KEY, SampledSet, open_samples, sample_pictures
 from dalle1.evaluation.shapes_scorer import score
 from dalle1.models.transformer import DalleTransformer
 from dalle1.pipeline import Pipeline, choose_dtype
 from dalle1.rerank.choose import load_reranker
+from dalle1.run_models import choose_models, default_model
 from dalle1.sampling.filters import SamplingConfig
 
-_RUN = "runs/shapes"
 # Options that say how to sample, and what they are if nothing is said.
 _SAMPLING = {
-    "transformer": f"{_RUN}/transformer/checkpoints/last.ckpt",
-    "dvae": f"{_RUN}/dvae/checkpoints/last.ckpt",
-    "reranker": f"clip:{_RUN}/clip/checkpoints/last.ckpt",
+    "transformer": None,  # the run's, as the next two
+    "dvae": None,
+    "reranker": None,
     "prompts": None,
     "candidates": 1,
     "temperature": 1.0,  # the paper's
@@ -77,12 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where captions of samples, else of the reference, stand: text, lines or json:FIELD",
     )
     defaults = _SAMPLING
-    parser.add_argument("--transformer", help=f"(default: {defaults['transformer']})")
-    parser.add_argument("--dvae", help=f"the transformer's own (default: {defaults['dvae']})")
+    parser.add_argument("--transformer", help=f"(default: {default_model('transformer')})")
+    parser.add_argument("--dvae", help=f"what it was trained with (default: {default_model('dvae')})")
     parser.add_argument(
         "--reranker",
         help="of several candidates: clip:CHECKPOINT, hf_clip:NAME_OR_DIR, image_likelihood, caption_likelihood, none "
-        f"(default: {defaults['reranker']})",
+        f"(default: clip:{default_model('clip')})",
     )
     parser.add_argument("--prompts", type=int, help="different captions, drawn by seed (default: all)")
     parser.add_argument("--candidates", type=int, help=f"of each caption (default: {defaults['candidates']})")
@@ -92,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blur", default="0", help="radii of Gaussian filters on both sides; the paper's: 0,1,2,4,8")
     parser.add_argument("--best_of", help="candidates, such as 1,2,4,8: numbers against how many the best is of")
     parser.add_argument("--without", type=Path, help="JSON whose `keys` are reference pictures to leave out as well")
+    add_bad_sample_argument(parser, pictures="reference pictures")
     add_shared_arguments(parser)
 
 
@@ -100,11 +102,13 @@ def run(options: argparse.Namespace) -> None:
     radii = [Treatment(blur=_number("blur", part, float)).blur for part in options.blur.split(",")]
     best_of = [] if options.best_of is None else [_number("best_of", part, int) for part in options.best_of.split(",")]
     out = choose_out(options)
-    reference = open_pictures(options.reference, caption=options.caption or "text")
-    rows = None if options.without is None else reference.rows_without(_read_keys(options.without))
-    extractors = load_extractors(options)
+    reference = open_pictures(options.reference, caption=options.caption or "text", on_bad_sample=options.on_bad_sample)
+    without = None if options.without is None else _read_keys(options.without)
+    extractors = load_extractors(options, classes=True)
     with joined_ranks() as ranks:
         device = ranks.choose_device(options.device)
+        reference, skipped = readable(reference, cache=options.cache, ranks=ranks, label="reference pictures")
+        rows = None if without is None else reference.rows_without(without)
         samples = _samples(options, reference, best_of, device, ranks)
         chosen = {n: samples.best_of(n) for n in best_of}
         treatment = Treatment(size=_size(options, samples.best))
@@ -116,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
         curve = {n: measured.prepare(best, 0.0, tag=f"best_of={n}") for n, best in chosen.items()}
         if not ranks.is_first:
             return
-        numbers = Numbers(values={}, notes=[])
+        numbers = Numbers(values={}, notes=skipped)
         for prepared in whole:
             numbers |= measured.numbers(prepared)
             numbers |= measured.distances(prepared, rows) if rows is not None else Numbers(values={}, notes=[])
@@ -168,8 +172,8 @@ class _Measured:
         self._extractors, self._size, self._reference, self._seed = extractors, treatment.size, reference, seed
         self._where: dict[str, Any] = {"cache": cache, "ranks": ranks}
         self._references: dict[tuple[str, float], FeatureSet] = {}  # all samples are compared with the same
-        # Of each extractor, or why it cannot read them; captions are the same for all samples.
-        self._texts: dict[str, dict[str, Tensor] | str] = {}
+        # Of each extractor; captions are the same for all samples.
+        self._texts: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {}
 
     def prepare(self, samples: PictureSet, blur: float, *, tag: str = "") -> _Prepared:
         """Have all that takes long computed, by all processes."""
@@ -208,15 +212,13 @@ class _Measured:
         return numbers
 
     def _caption_score(self, prepared: _Prepared, extractor: Extractor, samples: FeatureSet) -> Numbers:
+        try:
+            captions = prepared.samples.captions
+        except ValueError as error:
+            return Numbers(values={}, notes=[f"the CLIP score of {extractor.name} is left out: {error}"])
         if extractor.name not in self._texts:
-            try:
-                self._texts[extractor.name] = read_captions(prepared.samples.captions, extractor)
-            except ValueError as error:
-                self._texts[extractor.name] = f"the CLIP score of {extractor.name} is left out: {error}"
-        texts = self._texts[extractor.name]
-        if isinstance(texts, str):
-            return Numbers(values={}, notes=[texts])
-        return caption_score(samples, prepared.samples.captions, texts, tag=prepared.tag)
+            self._texts[extractor.name] = read_captions(captions, extractor)
+        return caption_score(samples, captions, *self._texts[extractor.name], tag=prepared.tag)
 
 
 def _score_scenes(samples: PictureSet, treatment: Treatment, *, cache: Path, ranks: Ranks) -> Chunks | None:
@@ -253,6 +255,9 @@ def _samples(
     for name, value in _SAMPLING.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    choose_models(options, transformer="transformer", dvae="dvae")
+    if options.reranker is None:
+        options.reranker = f"clip:{default_model('clip', options.name)}"
     require_int("candidates", options.candidates, at_least=1)
     if options.candidates == 1 and asked_for not in (None, "none"):
         raise ValueError("reranker chooses among several candidates, got candidates=1; set more, or leave it out")

@@ -23,7 +23,7 @@ from dalle1.evaluation.pictures import save_picture
 from dalle1.evaluation.position_figures import draw_image_positions, draw_text_positions
 from dalle1.evaluation.ranks import joined_ranks
 from dalle1.evaluation.transformer_likelihood import TransformerNumbers, evaluate_transformer
-from dalle1.score import DEFAULT_DVAE, DEFAULT_TRANSFORMER
+from dalle1.run_models import add_name_argument, choose_models, default_model
 
 _ROWS = (  # of the printed table
     "text_nats_per_token",
@@ -48,8 +48,9 @@ _ROWS = (  # of the printed table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("pictures", nargs="+", metavar="PICTURES", help="shards, folders, tables, globs; or tokens")
-    parser.add_argument("--transformer", default=DEFAULT_TRANSFORMER, help="(default: %(default)s)")
-    parser.add_argument("--dvae", default=DEFAULT_DVAE, help="its dVAE; tokens need none (default: %(default)s)")
+    add_name_argument(parser)
+    parser.add_argument("--transformer", metavar="PATH", help=f"(default: {default_model('transformer')})")
+    parser.add_argument("--dvae", metavar="PATH", help=f"its dVAE; tokens need none (default: {default_model('dvae')})")
     parser.add_argument("--split", choices=SPLITS, default="val", help="of a directory of tokens (default: val)")
     parser.add_argument("--caption", default="text", help="text, lines or json:FIELD (default: %(default)s)")
     parser.add_argument("--truncate_captions", choices=("true", "false"), default="false", help="(default: false)")
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate, write and print. Raises: ValueError, TypeError or OSError with one sentence for what cannot be done."""
     out = choose_out(options)
+    choose_models(options, transformer="transformer", dvae="dvae")
     transformer = load_transformer(options.transformer)
     has_tokens = len(options.pictures) == 1 and Path(options.pictures[0], MANIFEST).is_file()
     samples = CaptionedTokens.open(
