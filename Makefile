@@ -11,7 +11,7 @@ PEER := --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6 axial
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-browser test-slow bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-data bench-communication scaling-law soak-data soak-training sampling-curves bench-gpu bench-memory docs docs-serve lint types clean
+.PHONY: help setup demo test test-browser test-slow bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-data bench-communication scaling-law soak-data soak-training sampling-curves bench-gpu bench-memory bench-evaluation docs docs-serve lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-22s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ bench-sampling: $(STAMP)  ## speed of sampling against DALLE-pytorch's, 10 minut
 
 bench-data: $(STAMP)  ## pictures read per second against WebDataset and Pillow, 2 minutes
 	$(BIN)/python benchmarks/data.py $(BENCH)
+
+bench-evaluation: $(STAMP)  ## seconds of FID, KID, precision and recall, and the search for overlap, 1 minute
+	$(BIN)/python benchmarks/evaluation.py $(BENCH)
 
 bench-communication: $(STAMP)  ## loss and bytes sent of two processes with each way to send, on what the demo has made, 20 minutes
 	$(BIN)/python benchmarks/communication.py $(BENCH)

@@ -50,6 +50,7 @@ def test_the_transformer_that_is_compared_is_as_large_as_its_peer() -> None:
         ("memory.py", ["--devices", "4", "1"], "error: --devices must be >= 2, got 1"),
         ("data.py", ["--rounds", "0"], "error: --rounds must be >= 1, got 0"),
         ("data_soak.py", ["--batches", "10"], "error: --batches must be >= 1000, got 10"),
+        ("evaluation.py", ["--pictures", "3"], "error: --pictures must be >= 4, got 3"),
         ("transformer_loss.py", ["--minutes", "0"], "error: --minutes must be > 0, got 0.0"),
         ("transformer_loss.py", ["--updates", "3"], "error: --updates must be >= 200, got 3"),
         ("communication.py", ["--updates", "3"], "error: --updates must be >= 200, got 3"),
