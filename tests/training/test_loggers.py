@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ def test_full_disk_costs_the_curves_and_a_line(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    others = set(threading.enumerate())
     logger = TensorBoard(str(tmp_path))
     logger.log_metrics({"train/loss": 1.0}, step=0)
     logger.save()
@@ -117,6 +119,8 @@ def test_full_disk_costs_the_curves_and_a_line(
         logger.save()
         logger.log_picture("val/samples", Image.new("RGB", (2, 2)), step)
     logger.finalize("failed")
+    for thread in set(threading.enumerate()) - others:
+        thread.join()  # else the error that ends it is another test's
     assert [point.step for point in events(tmp_path).Scalars("train/loss")] == [0]
     (message,) = [record.message for record in caplog.records if "could not be written" in record.message]
     assert "the disk is full; going on without" in message
