@@ -8,43 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from dalle1.cli import dashed_options, errors_in_one_line
 from dalle1.evaluation import overlap_command, system_command, tokenizer_command, transformer_command
 
-
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """One command, which its module describes: the docstring, `add_arguments(parser)` and `run(options)`."""
-
-    description: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
-
-
+# Each module describes its command: by its docstring, `add_arguments(parser)` and `run(options)`.
 COMMANDS = {
-    "tokenizer": Command(
-        description=tokenizer_command.__doc__ or "",
-        add_arguments=tokenizer_command.add_arguments,
-        run=tokenizer_command.run,
-    ),
-    "transformer": Command(
-        description=transformer_command.__doc__ or "",
-        add_arguments=transformer_command.add_arguments,
-        run=transformer_command.run,
-    ),
-    "system": Command(
-        description=system_command.__doc__ or "",
-        add_arguments=system_command.add_arguments,
-        run=system_command.run,
-    ),
-    "overlap": Command(
-        description=overlap_command.__doc__ or "",
-        add_arguments=overlap_command.add_arguments,
-        run=overlap_command.run,
-    ),
+    "tokenizer": tokenizer_command,
+    "transformer": transformer_command,
+    "system": system_command,
+    "overlap": overlap_command,
 }
 
 
@@ -60,10 +33,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     parsers = {}
     for name, command in COMMANDS.items():
+        description = command.__doc__ or ""
         parsers[name] = commands.add_parser(
             name,
-            help=command.description.partition("\n")[0],
-            description=command.description,
+            help=description.partition("\n")[0],
+            description=description,
             epilog="Options may also be written without dashes: out=DIR.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
