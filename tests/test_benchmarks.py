@@ -56,6 +56,8 @@ def test_the_transformer_that_is_compared_is_as_large_as_its_peer() -> None:
         ("communication.py", ["--updates", "3"], "error: --updates must be >= 200, got 3"),
         ("communication.py", ["--seeds", "1"], "error: --seeds must be >= 2, got 1"),
         ("scaling_law.py", ["--updates", "3"], "error: --updates must be >= 10, got 3"),
+        ("sweep_accuracy.py", ["nowhere/*"], "error: runs must be directories, there are none for nowhere/*"),
+        ("sweep_accuracy.py", ["x", "--candidates", "0"], "error: --candidates must be >= 1, got 0"),
         ("sampling.py", ["--repeats", "0"], "error: --repeats must be >= 1, got 0"),
         ("gpu.py", ["--batch", "0"], "error: --batch must be >= 1, got 0"),
         ("gpu.py", ["--steps", "0"], "error: --steps must be >= 1, got 0"),

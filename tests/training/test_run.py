@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import tarfile
 from pathlib import Path
@@ -106,6 +107,15 @@ def test_tokenizer_whose_summary_is_missing_gets_it_again(train: Train, trained:
     train(tmp_path, "tokenizer")
     assert (tmp_path / "tokenizer" / "summary.json").is_file()
     assert (tmp_path / "tokenizer" / "tokenizer.json").read_bytes() == before
+
+
+def test_run_does_not_end_in_a_number_that_is_none(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dalle1.training.run.train_tokenizer", lambda *given: {"tokens_per_caption": math.nan})
+    with pytest.raises(ValueError, match=r"must end in finite numbers, got NaN or infinity for tokens_per_caption"):
+        train(tmp_path, "tokenizer")
+    assert not (tmp_path / "tokenizer" / "summary.json").exists()
 
 
 def test_caption_too_long_is_an_error_or_cut_by_option(train: Train, tmp_path: Path) -> None:

@@ -121,7 +121,9 @@ class ShardIndex(SampleIndex):
         self.states: list[tuple[int, int]] = []  # size and time of change of each, when it was scanned
         for content in read_shards(self.shards):
             if content.damages and not skip_damage:
-                raise ValueError(f"{content.damages[0].message}, or set data.on_bad_sample=skip")
+                raise ValueError(
+                    f"{content.damages[0].message}, or set on_bad_sample=skip (data.on_bad_sample=skip of train.py)"
+                )
             self.damages += content.damages
             self.states.append(content.state)
             keys.append(PackedStrings(content.keys))

@@ -10,10 +10,11 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -156,6 +157,7 @@ def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         return _read_json(run_dir / SUMMARY)
     seconds = earlier_seconds + time.monotonic() - started
     summary = {"stage": stage, "wall_seconds": round(seconds, 1), **metrics}
+    _check_finite(summary)
     rank_zero_only(write_json)(run_dir / SUMMARY, summary)
     rank_zero_only(finish_wandb_run)(summary)
     return summary
@@ -379,6 +381,15 @@ def _find_start(run_dir: Path, module: StageModule) -> tuple[Path | None, int]:
             f"{module.optim.max_steps}; leave it as it was, or choose another name="
         )
     return found[0], step
+
+
+def _check_finite(summary: Mapping[str, Any]) -> None:
+    bad = [name for name, value in summary.items() if isinstance(value, float) and not math.isfinite(value)]
+    if bad:
+        raise ValueError(
+            f"a run must end in finite numbers, got NaN or infinity for {', '.join(bad)}; its checkpoints are kept, "
+            "train again from the start with a lower optim.lr, under another name"
+        )
 
 
 def _begin(cfg: DictConfig, trainer: pl.Trainer, run_dir: Path, step: int) -> None:

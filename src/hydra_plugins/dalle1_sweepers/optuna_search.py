@@ -253,12 +253,20 @@ def _running(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def write_best(study: optuna.Study, jobs: LaunchedJobs) -> None:
-    """Write the best trial's number, value and options, if any has ended well."""
+    """Write the best trial's number, value and options, if any has ended well.
+
+    Raises: ValueError if the sweep has lost its record of that trial.
+    """
     from dalle1.atomic_files import atomic
 
     if all(trial.value is None for trial in study.trials):
         return
     best = study.best_trial
+    if best.number not in jobs.known:
+        raise ValueError(
+            f"the sweep's record must have trial {best.number} of its study, '{jobs.directory}' has lost it with its "
+            "sweep.json; put that back, or search in another hydra.sweep.dir"
+        )
     content = {
         "trial": best.number,
         "metric": jobs.known[best.number].metric,
