@@ -560,6 +560,7 @@ def test_configuration_states_the_limits_that_hold_without_it() -> None:
         (["candidates=65"], "candidates must be at most limits.candidates, 64, got 65"),
         (["limits.waiting=0"], "limits.waiting must be >= 1, got 0"),
         (["limits.upload_megabytes=-1"], "limits.upload_megabytes must be a number above 0, got -1"),
+        (["limits.upload_megapixels=200"], "limits.upload_megapixels must be <= 100, more is not decoded, got 200"),
         (["allowed_hosts=box.example.org"], "must be a list of names, as [box.example.org], got box"),
         (["port=65536"], "port must be at most 65535, got 65536"),
         (["port=abc"], "port must be an integer >= 0, got 'abc'"),

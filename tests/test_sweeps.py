@@ -265,6 +265,18 @@ def test_search_that_was_interrupted_makes_the_trials_that_it_would_have(
         assert len(jobs.made) == 5
 
 
+@pytest.mark.parametrize("options", [["lr=1,2", "hydra.sweep.dir=sweep"], SEARCH])
+def test_one_command_at_a_time_works_on_a_sweep(
+    sweep: Sweep, jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    with SweepRecord(tmp_path / "sweep").hold():
+        sweep(*options, code=1)
+    assert "another one does in 'sweep'" in capsys.readouterr().err
+    assert jobs.made == []
+    sweep(*options)
+    assert jobs.made
+
+
 def test_best_trial_is_written_down(sweep: Sweep, jobs: Jobs, tmp_path: Path) -> None:
     sweep("mode=eval", *SEARCH, "hydra.sweeper.n_trials=4")
     losses = [(lr - 3) ** 2 + width for lr, width in jobs.made]

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from dalle1.atomic_files import write_json
 
 SWEEP = "sweep.json"
-_LOCK, _STOP = f".{SWEEP}.lock", ".stop"
+_LOCK, _STOP, _AT_WORK = f".{SWEEP}.lock", ".stop", ".at-work.lock"
 
 Status = Literal["waiting", "running", "stopped", "finished", "failed"]
 
@@ -61,6 +61,22 @@ class SweepRecord:
                 f"'{path}' must be what a sweep has written, it is not ({error!r}); choose another hydra.sweep.dir="
             ) from error
         return jobs
+
+    def hold(self) -> FileLock:
+        """What one command holds while it works on the sweep, until it is released or its process ends.
+
+        Raises: ValueError if another one holds it.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        held = FileLock(self.directory / _AT_WORK, timeout=0)
+        try:
+            held.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"one command at a time must work on a sweep, another one does in '{self.directory}'; "
+                "wait for its end, or choose another hydra.sweep.dir="
+            ) from error
+        return held
 
     def begin(self) -> dict[int, Job]:
         """All jobs, where nobody works on them: those that run were left without a word.

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dalle1.data.fields import require_bool, require_int
+from dalle1.data.transforms import MAX_MEGAPIXELS
 from dalle1.pipeline import Pipeline
 from dalle1.sampling.filters import SamplingConfig
 
@@ -23,7 +24,7 @@ class Limits:
     candidates: int = 64  # of a request
     waiting: int = 8  # requests, besides the one that is worked on
     upload_megabytes: float = 20  # 10^6 bytes of a picture's file
-    upload_megapixels: float = 40  # of a picture; 3 bytes each while it is decoded
+    upload_megapixels: float = 40  # of a picture, <= 100; 3 bytes each while it is decoded
     results: int = 50  # requests whose pictures are kept, and as many uploaded pictures
 
     def __post_init__(self) -> None:
@@ -33,6 +34,11 @@ class Limits:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"limits.{name} must be a number above 0, got {value!r}")
+        if self.upload_megapixels > MAX_MEGAPIXELS:
+            raise ValueError(
+                f"limits.upload_megapixels must be <= {MAX_MEGAPIXELS}, more is not decoded, "
+                f"got {self.upload_megapixels}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -38,10 +38,10 @@ class GridSweeper(Sweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         combinations = combine(parser.parse_overrides(arguments))
         self.validate_batch_is_legal(combinations)
-        jobs = LaunchedJobs(self.config, self.hydra_context, self.task_function)
-        numbers = number_combinations({number: job.overrides for number, job in jobs.known.items()}, combinations)
-        missing = {number: options for number, options in numbers.items() if not jobs.is_done(number)}
-        ended = jobs.run(missing) if missing else {}
+        with LaunchedJobs(self.config, self.hydra_context, self.task_function) as jobs:
+            numbers = number_combinations({number: job.overrides for number, job in jobs.known.items()}, combinations)
+            missing = {number: options for number, options in numbers.items() if not jobs.is_done(number)}
+            ended = jobs.run(missing) if missing else {}
         failed = [str(number) for number, job in ended.items() if job.status == "failed"]
         if failed:
             raise ChildProcessError(

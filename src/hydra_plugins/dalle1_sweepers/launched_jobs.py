@@ -41,12 +41,17 @@ def _last_line(error: object) -> str:
 class LaunchedJobs:
     """The jobs of one sweep, by number; job n is in the directory n of the sweep's.
 
+    A context: no other command works on the sweep until it is left.
+
     Attributes:
         known: What earlier starts of the sweep have left of its jobs.
     """
 
     def __init__(self, config: DictConfig, hydra_context: HydraContext, task_function: TaskFunction) -> None:
-        """Jobs that `task_function` does. Raises: HydraException for a `hydra.sweep.subdir`."""
+        """Jobs that `task_function` does.
+
+        Raises: HydraException for a `hydra.sweep.subdir`; ValueError if another command works on the sweep.
+        """
         from hydra.core.plugins import Plugins
 
         from dalle1.training.sweep_record import SweepRecord
@@ -61,8 +66,15 @@ class LaunchedJobs:
         self._launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+        self._held = self._record.hold()
         self.known: dict[int, Job] = self._record.begin()
         OmegaConf.save(config, self.directory / "multirun.yaml")
+
+    def __enter__(self) -> LaunchedJobs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.release()
 
     def is_done(self, number: int) -> bool:
         """Whether a job has finished, and what it has made is still there; a line says so."""

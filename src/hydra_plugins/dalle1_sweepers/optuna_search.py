@@ -75,17 +75,18 @@ class OptunaSweeper(Sweeper):
         fixed, space = parse_space(
             OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(arguments)
         )
-        jobs = LaunchedJobs(self.config, self.hydra_context, self.task_function)
-        study = self._open_study(jobs, arguments)
-        while trials := self._next_trials(study, jobs, space):
-            overrides = {
-                trial.number: [*fixed, *(f"{name}={_text(trial.params[name])}" for name in space)] for trial in trials
-            }
-            self.validate_batch_is_legal(list(overrides.values()))
-            for number, job in jobs.run(overrides).items():
-                self._tell(study, jobs, number, job)
-            write_best(study, jobs)
-        return self._end(study, jobs)
+        with LaunchedJobs(self.config, self.hydra_context, self.task_function) as jobs:
+            study = self._open_study(jobs, arguments)
+            while trials := self._next_trials(study, jobs, space):
+                overrides = {
+                    trial.number: [*fixed, *(f"{name}={_text(trial.params[name])}" for name in space)]
+                    for trial in trials
+                }
+                self.validate_batch_is_legal(list(overrides.values()))
+                for number, job in jobs.run(overrides).items():
+                    self._tell(study, jobs, number, job)
+                write_best(study, jobs)
+            return self._end(study, jobs)
 
     def _open_study(self, jobs: LaunchedJobs, arguments: Sequence[str]) -> optuna.Study:
         import optuna
