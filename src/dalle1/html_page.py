@@ -28,11 +28,20 @@ def render_page(template: str, **values: Any) -> str:
     The template has one style and one script element, and in its head a meta element with the variable
     `content_security_policy`, by which a browser loads nothing and runs no other script.
     """
-    source = resources.files("dalle1").joinpath(template).read_text(encoding="utf-8")
+    source = read_page(template)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # without Jinja's sorting of keys
     policy = f"{own_code_alone(source)}; img-src data:"
     return environment.from_string(source).render(content_security_policy=policy, **values)
+
+
+def read_page(template: str) -> str:
+    """The source of a page of this package, with what it includes: its style is whole, and has one hash."""
+
+    def read(name: str) -> str:
+        return resources.files("dalle1").joinpath(name).read_text(encoding="utf-8")
+
+    return re.sub(r'{% include "([\w.]+)" %}\n', lambda found: read(found[1]), read(template))
 
 
 def embed(picture: Image.Image) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import json
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -28,7 +27,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
-from dalle1.html_page import embed, own_code_alone
+from dalle1.html_page import embed, own_code_alone, read_page
 from dalle1.pipeline import Pipeline
 from dalle1.run_origin import slug
 from dalle1.web.asked import Limits, read_asked
@@ -158,7 +157,7 @@ _LOADS = "img-src 'self' data:; connect-src 'self'; frame-ancestors 'none'"  # f
 
 def make_app(server: Server, *, names: Collection[str]) -> FastAPI:
     """The page as an ASGI application; `names` are those of its machine that may stand in an address bar."""
-    page = resources.files("dalle1.web").joinpath("page.html").read_text(encoding="utf-8")
+    page = read_page("web/page.html")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
