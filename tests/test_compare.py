@@ -79,7 +79,7 @@ def make_run(
 
 
 def read(*places: Path) -> list[RunRecord]:
-    return [read_run(run, now=NOW) for run in find_runs([str(place) for place in places])]
+    return [read_run(run, now=NOW) for run in find_runs([str(place) for place in places])[0]]
 
 
 @pytest.fixture
@@ -135,10 +135,36 @@ def test_only_options_that_differ_are_shown_and_each_once(tmp_path: Path) -> Non
     write_status(tmp_path / "without-config", status())
     (group,) = compare(read(tmp_path))["stages"]
     assert group["options"] == ["optim.lr", "data.size", "data.window"]
-    text = format_comparison(compare(read(tmp_path)))
+    text = format_comparison(compare(read(tmp_path)), width=200)
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert lines["a"][-3:] == ["0.001", "0.002", "0.001"]
     assert "optim.max_steps" not in text
+
+
+def test_as_many_options_are_printed_as_there_is_room_for(tmp_path: Path) -> None:
+    for number in range(2):
+        make_run(tmp_path / str(number), config=options(**{f"model__size_{n}": n + number for n in range(30)}))
+    comparison = compare(read(tmp_path))
+    text = format_comparison(comparison, width=120)
+    head = next(line for line in text.splitlines() if line.startswith("run "))
+    shown = head.count("model.size_")
+    assert 0 < shown < 30
+    assert len(head) <= 120 < len(head) + len("  model.size_10")
+    assert f"{30 - shown} more options differ" in text
+    assert "more options" not in format_comparison(comparison, width=1000)
+
+
+def test_what_holds_no_run_is_named_beside_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "sweep" / "0", config=options())
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    (tmp_path / "sweep" / "notes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    # As a shell has it for sweep/*.
+    monkeypatch.setattr("sys.argv", ["compare", "sweep/0", "sweep/notes", "sweep/sweep.json"])
+    main()
+    assert "no run at or below sweep/notes, sweep/sweep.json" in capsys.readouterr().out
 
 
 def test_stages_are_apart_and_a_run_comes_once(tmp_path: Path) -> None:
@@ -147,8 +173,8 @@ def test_stages_are_apart_and_a_run_comes_once(tmp_path: Path) -> None:
     (tmp_path / "x" / "samples").mkdir()
     (tmp_path / "x" / "samples" / "summary.json").write_text("{}")
     runs = find_runs([str(tmp_path), f"{tmp_path}/x/*", f"{tmp_path}/x/dvae/"])
-    assert runs == [str(tmp_path / "x" / "dvae"), str(tmp_path / "x" / "transformer")]
-    comparison = compare([read_run(run, now=NOW) for run in runs])
+    assert runs == ([str(tmp_path / "x" / "dvae"), str(tmp_path / "x" / "transformer")], [])
+    comparison = compare([read_run(run, now=NOW) for run in runs[0]])
     assert [group["stage"] for group in comparison["stages"]] == ["dvae", "transformer"]
     assert comparison["directory"] == os.path.relpath(tmp_path / "x")
     assert [group["runs"][0]["run"] for group in comparison["stages"]] == ["dvae", "transformer"]
@@ -160,7 +186,7 @@ def test_failed_and_unfinished_runs_have_rows(tmp_path: Path) -> None:
     make_run(tmp_path / "going", [{"step": 4, "val/loss": 1.0}], said=status())
     make_run(tmp_path / "silent", [], said=status(host="elsewhere", updated=NOW - 5000, started=NOW - 6000))
     make_run(tmp_path / "begun", [], config=options())
-    text = format_comparison(compare(read(tmp_path)))
+    text = format_comparison(compare(read(tmp_path)), width=200)
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert lines["going"].split()[1:9] == ["training", "5", "of", "10", "1", "1", "5", "0:01:29"]
     assert "1:01:40" in lines["done"]
@@ -195,7 +221,7 @@ def test_damaged_file_is_named_and_its_run_has_a_row(tmp_path: Path, name: str, 
     (problem,) = record.problems
     assert message in problem
     assert "\n" not in problem
-    text = format_comparison(compare([record]))
+    text = format_comparison(compare([record]), width=200)
     assert f"a: {problem}" in text
 
 
@@ -211,7 +237,7 @@ def test_status_of_wrong_types_is_no_status(tmp_path: Path, name: str, value: ob
     (problem,) = record.problems
     assert problem.endswith(f"must be a run's status.json, its {name} is {value!r}")
     assert (record.state, record.wall_seconds) == ("complete", 1.0)
-    format_comparison(compare([record]))
+    format_comparison(compare([record]), width=200)
 
 
 def test_values_of_wrong_types_are_none(tmp_path: Path) -> None:

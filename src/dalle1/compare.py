@@ -11,6 +11,7 @@ import argparse
 import csv
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ SORTABLE = ("best", "last", "run", "wall_seconds", "pictures_per_second", "n_wei
 _ENDINGS = (".html", ".json", ".csv")
 _TRAIN_LOSS = "train/loss"
 _LONGEST_CELL = 40  # characters of an option's value in the printed table
+_WIDTH_OF_FILES = 200  # characters of the printed table where there is no terminal
 
 
 def compare(runs: Sequence[RunRecord], *, metrics: Sequence[str] = (), sort: str = "best") -> dict[str, Any]:
@@ -111,21 +113,36 @@ def _sort_key(row: Mapping[str, Any], metrics: Sequence[str], sort: str) -> tupl
     return (value is None, not is_number, value if is_number else 0, "" if is_number else str(value), name)
 
 
-def format_comparison(comparison: Mapping[str, Any]) -> str:
-    """The tables that the command prints, one for each stage, and what went wrong with runs."""
+def format_comparison(comparison: Mapping[str, Any], *, width: int) -> str:
+    """The tables that the command prints, one for each stage, and what went wrong with runs.
+
+    Of options as many as `width` characters hold; a line below says how many more differ.
+    """
     parts = []
     if comparison["directory"]:
         parts.append(f"runs in {comparison['directory']}")
     for group in comparison["stages"]:
         metric = group["metrics"][0] if group["metrics"] else None
-        headers = ["run", "state", "update"]
-        headers += [metric, "best", "at"] if metric else []
-        headers += ["time", "pictures/s", "weights", *group["options"]]
-        rows = [_cells(row, metric, group["options"]) for row in group["runs"]]
-        parts.append(f"{group['stage']}\n{tabulate(rows, headers, disable_numparse=True)}")
+        shown = len(group["options"])
+        while _width(table := _table(group, metric, group["options"][:shown])) > width and shown:
+            shown -= 1
+        parts.append(f"{group['stage']}\n{table}")
+        if more := len(group["options"]) - shown:
+            parts.append(f"{more} more options differ: a wider terminal, or out=page.html, shows them")
         lines = [f"{row['run']}: {line}" for row in group["runs"] for line in [row["error"], *row["problems"]] if line]
         parts += ["\n".join(lines)] if lines else []
     return "\n\n".join(parts)
+
+
+def _table(group: Mapping[str, Any], metric: str | None, options: Sequence[str]) -> str:
+    headers = ["run", "state", "update"]
+    headers += [metric, "best", "at"] if metric else []
+    headers += ["time", "pictures/s", "weights", *options]
+    return tabulate([_cells(row, metric, options) for row in group["runs"]], headers, disable_numparse=True)
+
+
+def _width(table: str) -> int:
+    return len(table.partition("\n")[0])
 
 
 def _cells(row: Mapping[str, Any], metric: str | None, options: Sequence[str]) -> list[str]:
@@ -198,9 +215,12 @@ def main() -> None:
         if not out.endswith(_ENDINGS):
             raise OptionError(f"out must end in {', '.join(_ENDINGS)}, got {out!r}")
     now = time.time()
-    runs = [read_run(directory, now=now) for directory in find_runs(options.runs)]
+    directories, without = find_runs(options.runs)
+    runs = [read_run(directory, now=now) for directory in directories]
     comparison = for_json(compare(runs, metrics=options.metric, sort=options.sort))
-    print(format_comparison(comparison))
+    print(format_comparison(comparison, width=shutil.get_terminal_size((_WIDTH_OF_FILES, 0)).columns))
+    if without:
+        print(f"\nno run at or below {', '.join(without)}")
     for out in options.out:
         if out.endswith(".html"):
             page = render_comparison(comparison, {run.directory: run.curves for run in runs})

@@ -93,12 +93,15 @@ class RunRecord:
         return self.monitor_mode == "max" if metric == self.monitor else metric.endswith(_MORE_IS_BETTER)
 
 
-def find_runs(patterns: Sequence[str]) -> list[str]:
+def find_runs(patterns: Sequence[str]) -> tuple[list[str], list[str]]:
     """The directories of runs that patterns name, each once: runs, directories with runs somewhere below, globs.
 
-    Raises: FileNotFoundError for a pattern that leads nowhere; ValueError for a directory without runs.
+    Returns: Them, and the patterns where there is something but no run, as a shell's own globs have them.
+
+    Raises: FileNotFoundError for a pattern that leads nowhere; ValueError if there are no runs at all.
     """
     found: dict[str, str] = {}
+    without: list[str] = []
     for pattern in patterns:
         is_path = os.path.exists(pattern)
         places = [pattern] if is_path else sorted(glob.glob(pattern, recursive=True))
@@ -106,13 +109,15 @@ def find_runs(patterns: Sequence[str]) -> list[str]:
             raise FileNotFoundError(f"there must be a run at {pattern!r}, there is nothing; correct the path")
         runs = [run for place in places if os.path.isdir(place) for run in _runs_below(place)]
         if not runs:
-            raise ValueError(
-                f"there must be a run at or below {pattern!r}, a directory with {STATUS}, {CONFIG} or {SUMMARY}; there "
-                "is none"
-            )
+            without.append(pattern)
         for run in runs:
             found.setdefault(os.path.realpath(run), os.path.normpath(run))
-    return list(found.values())
+    if not found:
+        raise ValueError(
+            f"there must be a run at or below {', '.join(map(repr, without))}, a directory with {STATUS}, {CONFIG} or "
+            f"{SUMMARY}; there is none"
+        )
+    return list(found.values()), without
 
 
 def _runs_below(place: str) -> Iterator[str]:

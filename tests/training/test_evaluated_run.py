@@ -32,7 +32,7 @@ def test_evaluation_of_the_validation_set_has_the_numbers_of_training(
 
 
 def test_comparison_has_the_numbers_of_the_summary(trained: Path) -> None:
-    runs = [read_run(run, now=time.time()) for run in find_runs([str(trained)])]
+    runs = [read_run(run, now=time.time()) for run in find_runs([str(trained)])[0]]
     assert all(run.problems == () and run.state == "complete" for run in runs)
     groups = {group["stage"]: group for group in compare(runs)["stages"]}
     assert set(groups) == {"tokenizer", "dvae", "clip", "transformer"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -14,6 +15,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from hydra_plugins.dalle1_sweepers.launched_jobs import LaunchedJobs, fixed_option
+
+logger = logging.getLogger(__name__)
 
 
 class GridSweeper(Sweeper):
@@ -49,6 +52,10 @@ class GridSweeper(Sweeper):
                 f"{', '.join(failed)} in '{jobs.directory}', whose sweep.json says why; "
                 f"the same command with hydra.sweep.dir={jobs.directory} tries them again"
             )
+        for number, job in sorted(ended.items()):
+            if job.value is not None:
+                logger.info("job %d: %s %.6g, %s", number, job.metric, job.value, " ".join(job.overrides))
+        logger.info("side by side: python -m dalle1.compare '%s/*'", jobs.directory)
         return list(ended.values())
 
 
