@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,3 +96,21 @@ def test_prompts_that_cannot_be_drawn_are_refused(
     with pytest.raises(Exception, match=message):
         train(results, stage, *SHORT, *more)
     assert not run_dir.exists()
+
+
+def test_without_an_account_a_run_is_offline(tmp_path: Path) -> None:
+    # In a process of its own, since W&B keeps for a whole process what it was first told.
+    code = (
+        "from dalle1.training.logging import build_wandb_logger\n"
+        f"own = build_wandb_logger(project='p', name='n', group=None, job_type='dvae', directory={str(tmp_path)!r})\n"
+        "own.log_metrics({'loss': 1.0}, 1)\n"
+        "own.experiment.finish()\n"
+    )
+    nobody = {name: text for name, text in os.environ.items() if not name.startswith("WANDB_")} | {
+        "HOME": str(tmp_path / "home"),
+        "NETRC": str(tmp_path / "none"),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=nobody, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (directory,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(directory.glob("*.wandb"))

@@ -72,6 +72,8 @@ def build_wandb_logger(*, project: str, name: str, group: str | None, job_type: 
         resume=None if offline else "allow",
         offline=offline,
         log_model=False,
+        # Lightning says `offline` by WANDB_MODE alone, which W&B no longer reads once it was asked for a key.
+        mode="offline" if offline else mode,
     )
 
 
