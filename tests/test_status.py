@@ -107,7 +107,9 @@ def test_other_files_are_named(tmp_path: Path, content: str, message: str) -> No
 def test_command_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for directory, message in (("", "there must be a run with a status.json below"), ("gone", "there is no '")):
+    (tmp_path / "file").touch()
+    no_run, no_directory, a_file = "there must be a run with a status.json below", "there is no '", "file' is a file;"
+    for directory, message in (("", no_run), ("gone", no_directory), ("file", a_file)):
         monkeypatch.setattr(sys, "argv", ["status", str(tmp_path / directory)])
         with pytest.raises(SystemExit):
             main()

@@ -32,10 +32,12 @@ _HEADERS = (
 def table_of(directories: Sequence[str], *, now: float) -> str:
     """The runs below `directories`, a line each, and the errors of those that failed.
 
-    Raises: ValueError if there is none; FileNotFoundError for a directory that is not there.
+    Raises: ValueError if there is none, or for a file; FileNotFoundError for a directory that is not there.
     """
     rows, lines = [], []
     for directory in directories:
+        if Path(directory).is_file():
+            raise ValueError(f"a directory with runs is needed, '{directory}' is a file; name the one that it is in")
         if not Path(directory).is_dir():
             raise FileNotFoundError(f"a directory with runs is needed, there is no '{directory}'; correct the path")
         for path in find_statuses(directory):

@@ -150,6 +150,12 @@ def test_file_that_is_no_tar_is_named(tmp_path: Path, content: bytes) -> None:
         ShardIndex(str(tmp_path / "a.tar"))
 
 
+def test_picture_in_the_place_of_a_shard_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG" * 300)
+    with pytest.raises(ValueError, match=r"not a readable, uncompressed tar file .*; give its folder"):
+        ShardIndex(str(tmp_path / "a.png"))
+
+
 # Members of one block each: cut in the last header, in the last content, after it.
 @pytest.mark.parametrize("size", [2 * 512 + 100, 3 * 512 + 3, 4 * 512])
 def test_truncated_tar_is_named(write_shard: WriteShard, size: int) -> None:

@@ -346,6 +346,7 @@ def test_captions_are_drawn_once_each_and_by_seed() -> None:
         (("{pictures}", "extractor=inception:hf://a/b/c.pt", "--allow_download"), "could not be downloaded"),
         (("{pictures}", "guidance_scale=2"), "guidance needs a transformer trained with optim.caption_dropout"),
         (("{pictures}", "temperature=-1"), "temperature"),
+        (("{pictures}", "samples={pictures}", "cache={file}"), "cache must be a directory"),
         (("{pictures}", "sample_dir={pictures}"), "sample_dir must be free, or hold these very samples"),
     ],
 )  # fmt: skip
@@ -366,6 +367,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(
         "pictures": write_pictures(tmp_path / "a", 4),
         "one": write_pictures(tmp_path / "one", 1),
         "clip": f"clip:{checkpoints['clip']}",
+        "file": __file__,
     }
     words = [argument.format(**places) for argument in arguments]
     samples = any(word.startswith("samples=") for word in words)

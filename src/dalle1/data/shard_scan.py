@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Literal, Self, get_args
 
 import numpy as np
 
-from dalle1.data.raw_sample import N_PARTS, PART_NAMES, PART_OF_EXTENSION
+from dalle1.data.raw_sample import N_PARTS, PART_NAMES, PART_OF_EXTENSION, PICTURE_EXTENSIONS
 
 ABSENT = (-1, 0)  # offset and size of a part that a sample does not have
 
@@ -219,7 +219,8 @@ def _any_members(file: BinaryIO, shard: str) -> tuple[list[_Member], list[Damage
             is_complete = file.read(tarfile.BLOCKSIZE) == _END
     except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
         if not members:
-            sentence = f"shard {shard!r} is not a readable, uncompressed tar file ({error}); replace it"
+            what_to_do = "give its folder" if shard.lower().endswith(PICTURE_EXTENSIONS) else "replace it"
+            sentence = f"shard {shard!r} is not a readable, uncompressed tar file ({error}); {what_to_do}"
             return [], [Damage(kind="shard is no tar", message=sentence)]
         is_complete = False
     if is_complete:

@@ -90,8 +90,10 @@ def compute_chunks(
         label: What the progress bar says is done.
         chunk_size: Pictures in a chunk.
 
-    Raises: what `compute` raises; OSError if the cache cannot be written.
+    Raises: what `compute` raises; ValueError if the cache is a file; OSError if it cannot be written.
     """
+    if cache.is_file():
+        raise ValueError(f"cache must be a directory, '{cache}' is a file; name another one")
     whole = {"format_version": _FORMAT_VERSION, "n": n, "chunk_size": chunk_size} | dict(recipe)
     digits = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:_NAME_DIGITS]
     directory = cache / digits
