@@ -220,7 +220,7 @@ def format_results(results: Reconstructions) -> str:
     rows.append((f"mean of {len(rows)}", "", f"{means['psnr_db']:.2f}", _written(means.get("ssim")), ""))
     table = tabulate(rows, headers=("picture", "pixels", "PSNR (dB)", "SSIM", "codes"), disable_numparse=True)
     failed = f"\n{len(results.failed)} could not be reconstructed" if results.failed else ""
-    return f"{table}\n{results.usage}{failed}"
+    return f"{table}\nof these pictures alone: {results.usage}{failed}"
 
 
 def _written(value: float | None) -> str:

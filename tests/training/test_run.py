@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -98,6 +100,16 @@ def test_skipped_samples_are_counted_in_the_summary(
     summary = train(tmp_path, "tokenizer", *overrides)
     assert summary["bad_samples"] == 2
     assert "2 of 43 samples skipped: no caption (2)" in caplog.messages
+
+
+def test_network_ends_with_a_line_of_what_it_has_come_to(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        summary = train(tmp_path, "dvae", "optim.max_steps=2", "optim.codebook_start_step=0")
+    place = re.escape(os.path.relpath(tmp_path / "dvae"))
+    numbers = f"psnr_db {summary['psnr_db']:.4g}, codes_used_share {summary['codes_used_share']:.4g}"
+    assert re.fullmatch(f"'{place}' is complete after 0:0[0-9]:[0-9]{{2}}: {numbers}", caplog.messages[-1])
 
 
 def test_tokenizer_whose_summary_is_missing_gets_it_again(train: Train, trained: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ logger = logging.getLogger(__name__)
 _ID_FILE = "wandb_id"  # in the run's directory
 # Where W&B keeps the pictures of tables until they are uploaded: by default in the home directory, apart from the run.
 _DATA_DIR = "WANDB_DATA_DIR"
+# What a stage that trains a network is judged by first, of all in its summary.
+_RESULTS = {
+    "dvae": ("psnr_db", "codes_used_share"),
+    "clip": ("caption_accuracy",),
+    "transformer": ("image_nats_per_token", "text_nats_per_token"),
+}
 
 
 @contextmanager
@@ -91,6 +98,15 @@ def finish_wandb_run(summary: Mapping[str, Any]) -> None:
     run = _current_run()
     if run is not None:
         run.summary.update({f"final/{name}": value for name, value in summary.items()})
+
+
+def say_result(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """A line with what a network's training has come to, how long it took and where it is."""
+    names = [name for name in _RESULTS.get(summary["stage"], ()) if name in summary]
+    if names:
+        numbers = ", ".join(f"{name} {summary[name]:.4g}" for name in names)
+        took = timedelta(seconds=round(summary["wall_seconds"]))
+        logger.info("'%s' is complete after %s: %s", os.path.relpath(run_dir), took, numbers)
 
 
 def log_samples(

@@ -49,7 +49,7 @@ from dalle1.training.clip_module import CLIPModule
 from dalle1.training.data_report import report_findings
 from dalle1.training.disk_full import save_or_fail
 from dalle1.training.dvae_module import DVAEModule, DVAEOptimConfig
-from dalle1.training.logging import begin_wandb_run, finish_wandb_run, wandb_run_ends
+from dalle1.training.logging import begin_wandb_run, finish_wandb_run, say_result, wandb_run_ends
 from dalle1.training.optim import OptimConfig
 from dalle1.training.ranks import Agreement, check_number, finish_ranks
 from dalle1.training.run_lock import locked
@@ -160,6 +160,7 @@ def _run_stage(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     _check_finite(summary)
     rank_zero_only(write_json)(run_dir / SUMMARY, summary)
     rank_zero_only(finish_wandb_run)(summary)
+    rank_zero_only(say_result)(run_dir, summary)
     return summary
 
 
