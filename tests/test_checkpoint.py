@@ -13,6 +13,7 @@ import torch
 
 from dalle1 import checkpoint as checkpoint_module
 from dalle1.checkpoint import (
+    DamagedCheckpointError,
     Loaded,
     check_pair,
     load_clip,
@@ -284,6 +285,17 @@ def test_changed_weights_are_noticed(copy: Path) -> None:
         file.write(bytes([last ^ 1]))
     with pytest.raises(ValueError, match=f"is damaged: its weights must have the hash .*, {sha256[:12]}, got [0-9a-f]"):
         load_dvae(copy)
+
+
+def test_changed_byte_of_a_training_checkpoint_is_noticed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copy(checkpoints["dvae"], tmp_path / "last.ckpt"))
+    tensor = load_dvae(path).model.state_dict()["decoder.head.weight"]
+    content = bytearray(path.read_bytes())
+    at = content.index(tensor.numpy().tobytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=r"'.*last\.ckpt' is damaged: '.*' in it has another checksum"):
+        load_dvae(path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

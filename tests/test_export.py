@@ -204,7 +204,7 @@ def test_damaged_checkpoint_in_parts_is_refused(averaged: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"is damaged: 'shard-.*' has another checksum; export an earlier checkpoint"):
+    with pytest.raises(ValueError, match=r"is damaged: 'shard-.*' has another checksum; delete it, or copy it again"):
         export.export(averaged)
     assert not (averaged / "exported").exists()
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from dalle1.atomic_files import atomic, atomic_directory, write_json
 from dalle1.models.clip import CLIP, CLIPConfig
 from dalle1.models.dvae import DVAE, DVAEConfig
 from dalle1.models.transformer import DalleTransformer, TransformerConfig
-from dalle1.sharded_files import Place, is_sharded, read_sharded
+from dalle1.sharded_files import Place, find_damage, is_sharded, read_sharded
 from dalle1.tokenizers.image import ImageTokenizer
 from dalle1.tokenizers.text import TextTokenizer
 
@@ -120,6 +122,26 @@ def write_exported(directory: str | Path, model: nn.Module, record: Mapping[str,
 
 class DamagedCheckpointError(ValueError):
     """A file that no checkpoint can be read from."""
+
+
+def check_sums(path: Path) -> None:
+    """Raise DamagedCheckpointError if a byte of a tensor has changed: torch writes sums of them, and does not look.
+
+    A directory is one in parts; of exported checkpoints the hash says that, when they are loaded.
+    """
+    if path.is_dir():
+        if damage := find_damage(path):
+            raise DamagedCheckpointError(f"'{path}' is damaged: {damage}; delete it, or copy it again")
+    elif path.is_file():
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError):  # `read_checkpoint` says what is wrong
+            return
+        if damaged is not None:
+            raise DamagedCheckpointError(
+                f"'{path}' is damaged: '{damaged}' in it has another checksum; delete it, or copy it again"
+            )
 
 
 def read_checkpoint(path: str | Path, *, mapped: bool = False, average: bool = True) -> dict[str, Any]:
@@ -265,7 +287,9 @@ def _read_exported(directory: Path) -> dict[str, Any]:
 def _load(path: str | Path, kind: str) -> Loaded[Any]:
     if not Path(path).exists():
         raise FileNotFoundError(f"no {kind} at '{path}'; train it (stage={kind}) or correct the path")
-    content = read_checkpoint(path)
+    if Path(path).is_file() or is_sharded(path):
+        check_sums(Path(path))
+    content = read_checkpoint(path, mapped=True)
     record = content[RECORD_KEY]
     if record["kind"] != kind:
         raise ValueError(f"'{path}' must hold a {kind}, got a {record['kind']}; give the checkpoint of stage={kind}")

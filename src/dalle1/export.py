@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 
 from dalle1.atomic_files import check_directory
-from dalle1.checkpoint import EMA_KEY, RECORD_KEY, build_model, read_checkpoint, weights_of, write_exported
+from dalle1.checkpoint import EMA_KEY, RECORD_KEY, build_model, check_sums, read_checkpoint, weights_of, write_exported
 from dalle1.cli import OptionError, dashed_options, errors_in_one_line
-from dalle1.sharded_files import find_damage, is_sharded
+from dalle1.sharded_files import is_sharded
 
 LAST = Path("checkpoints") / "last.ckpt"
 # What a user does with each kind next.
 _NEXT = {
-    "dvae": "python train.py stage=transformer {dvae}",
+    "dvae": "python train.py stage=transformer {dvae} name=... experiment=...",
     "clip": "python sample.py rerank=clip {rerank.model} prompt=...",
-    "transformer": "python sample.py {transformer} prompt=...",
+    "transformer": "python sample.py {transformer} dvae=... prompt=...",
 }
 
 
@@ -45,8 +45,7 @@ def export(run: str | Path, out: str | Path | None = None, *, weights: str | Non
         raise OptionError(f"weights must be ema or trained, got {weights!r}")
     path, out = _find(Path(run), out)
     out = check_directory(out)
-    if is_sharded(path) and (damage := find_damage(path)):
-        raise ValueError(f"'{path}' is damaged: {damage}; export an earlier checkpoint beside it")
+    check_sums(path)
     content = read_checkpoint(path, mapped=True, average=weights != "trained")
     has_average = bool(content.get(EMA_KEY))
     if weights == "ema" and not has_average:

@@ -104,7 +104,10 @@ def test_caption_of_unknown_characters_alone_is_refused(write: Write) -> None:
 
 
 def test_missing_file_names_the_stage_to_run_and_the_option(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"run 'python train.py stage=tokenizer' first, or give text_tokenizer"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"run 'python train.py stage=tokenizer' first, with this name= and .*, or give text_tokenizer",
+    ):
         load(tmp_path / "tokenizer.json")
 
 

@@ -21,7 +21,8 @@ def load_text_tokenizer(path: Path, *, vocab_size: int, seq_len: int) -> TextTok
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"no text tokenizer at '{path}'; run 'python train.py stage=tokenizer' first, or give text_tokenizer=PATH"
+            f"no text tokenizer at '{path}'; run 'python train.py stage=tokenizer' first, with this name= and "
+            "experiment=, or give text_tokenizer=PATH"
         )
     try:
         text = path.read_text(encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,9 +15,9 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 
 from dalle1.atomic_files import atomic
-from dalle1.checkpoint import DamagedCheckpointError, read_checkpoint
+from dalle1.checkpoint import DamagedCheckpointError, check_sums, read_checkpoint
 from dalle1.data.fields import require_int
-from dalle1.sharded_files import find_damage, is_sharded, read_plain, read_sharded
+from dalle1.sharded_files import is_sharded, read_plain, read_sharded
 from dalle1.training.disk_full import (
     describe_full_disk,
     full_disk_error,
@@ -183,21 +182,6 @@ def is_validation_due(trainer: pl.Trainer) -> bool:
     loops = trainer.fit_loop
     assert loops._data_fetcher is not None, "a batch has come from it"
     return loops.epoch_loop._should_check_val_fx(loops._data_fetcher)
-
-
-def check_sums(path: Path) -> None:
-    """Raise DamagedCheckpointError if a byte of a tensor has changed: torch writes sums of them, and does not look."""
-    if path.is_dir():
-        if damage := find_damage(path):
-            raise DamagedCheckpointError(f"'{path}' is damaged: {damage}; delete it")
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except zipfile.BadZipFile:  # what is wrong with other files, `read_checkpoint` says
-        return
-    if damaged is not None:
-        raise DamagedCheckpointError(f"'{path}' is damaged: '{damaged}' in it has another checksum; delete it")
 
 
 def earlier_checkpoints(directory: Path) -> list[Path]:

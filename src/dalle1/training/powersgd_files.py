@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dalle1.atomic_files import atomic
-from dalle1.training.checkpoints import check_sums
+from dalle1.checkpoint import check_sums
 
 logger = logging.getLogger(__name__)
 _DIRECTORY = "powersgd"

@@ -290,7 +290,7 @@ def _load_dvae(path: Path, stage: str) -> ImageTokenizer:
     if not path.exists():
         raise FileNotFoundError(
             f"stage={stage} needs a trained dVAE, there is none at '{path}'; "
-            "run 'python train.py stage=dvae' first, or give dvae=PATH"
+            "run 'python train.py stage=dvae' first, with this name= and experiment=, or give dvae=PATH"
         )
     return load_image_tokenizer(path)
 
