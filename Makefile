@@ -11,7 +11,7 @@ PEER := --quiet --disable-pip-version-check --no-deps dalle-pytorch==1.6.6 axial
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-browser test-slow bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-data bench-communication scaling-law soak-data soak-training sampling-curves bench-gpu bench-memory bench-evaluation docs docs-serve lint types clean
+.PHONY: help setup demo test test-browser test-slow bench-dvae bench-transformer bench-transformer-loss bench-sampling bench-data bench-communication bench-sweep scaling-law soak-data soak-training sampling-curves bench-gpu bench-memory bench-evaluation docs docs-serve lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-22s %s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ bench-evaluation: $(STAMP)  ## seconds of FID, KID, precision and recall, and th
 
 bench-communication: $(STAMP)  ## loss and bytes sent of two processes with each way to send, on what the demo has made, 20 minutes
 	$(BIN)/python benchmarks/communication.py $(BENCH)
+
+bench-sweep: $(STAMP)  ## how often transformers draw what captions say, a minute each (BENCH='runs/sweeps/x/*' names their runs)
+	$(BIN)/python benchmarks/sweep_accuracy.py $(BENCH)
 
 scaling-law: $(STAMP)  ## loss of six transformers against their compute, on what the demo has made, half an hour
 	$(BIN)/python benchmarks/scaling_law.py $(BENCH)

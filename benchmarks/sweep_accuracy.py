@@ -57,12 +57,14 @@ def measure(run_dir: Path, prompts: Sequence[str], *, clip: Path, candidates: in
     )
     right = [[score(picture, result.prompt).right for picture in to_uint8(result.images)] for result in results]
     single = Point.of([sum(of_prompt) / candidates for of_prompt in right])
+    best = Point.of([float(of_prompt[0]) for of_prompt in right])
     losses = json.loads(summary.read_text(encoding="utf-8"))
     return {
         "run": str(run_dir),
         "single": single.accuracy,
         "standard_error": single.standard_error,
-        f"best_of_{candidates}": sum(of_prompt[0] for of_prompt in right) / len(prompts),
+        f"best_of_{candidates}": best.accuracy,
+        "its_standard_error": best.standard_error,
         "image_nats_per_token": losses["image_nats_per_token"],
         "text_nats_per_token": losses["text_nats_per_token"],
         "train_seconds": losses["wall_seconds"],

@@ -298,6 +298,15 @@ def test_changed_byte_of_a_training_checkpoint_is_noticed(checkpoints: dict[str,
         load_dvae(path)
 
 
+def test_damaged_list_of_contents_is_damage(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    content = bytearray(checkpoints["dvae"].read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry + 46] |= 0x80  # the first letter of a name, which is then no UTF-8
+    (tmp_path / "last.ckpt").write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match="is not a checkpoint that can be read safely"):
+        load_dvae(tmp_path / "last.ckpt")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
 def test_damaged_export_is_refused(copy: Path, name: str, keep: float) -> None:

@@ -291,11 +291,14 @@ def test_best_trial_is_written_down(sweep: Sweep, jobs: Jobs, tmp_path: Path) ->
     }
 
 
-def test_search_whose_record_is_lost_says_so(sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_whose_record_is_lost_says_so_before_anything_runs(
+    sweep: Sweep, jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep(*SEARCH, "hydra.sweeper.n_trials=2")
     (tmp_path / "sweep" / "sweep.json").unlink()
-    sweep(*SEARCH, "hydra.sweeper.n_trials=2", code=1)
-    assert "the sweep's record must have trial" in capsys.readouterr().err
+    sweep(*SEARCH, "hydra.sweeper.n_trials=3", code=1)
+    assert "the sweep's record must have all trials of its study" in capsys.readouterr().err
+    assert len(jobs.made) == 2
 
 
 def test_search_can_maximize(sweep: Sweep, jobs: Jobs, tmp_path: Path) -> None:

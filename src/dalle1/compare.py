@@ -128,7 +128,7 @@ def format_comparison(comparison: Mapping[str, Any], *, width: int) -> str:
             shown -= 1
         parts.append(f"{group['stage']}\n{table}")
         if more := len(group["options"]) - shown:
-            parts.append(f"{more} more options differ: a wider terminal, or out=page.html, shows them")
+            parts.append(f"options that differ and have no room here: {more}; out=page.html has them all")
         lines = [f"{row['run']}: {line}" for row in group["runs"] for line in [row["error"], *row["problems"]] if line]
         parts += ["\n".join(lines)] if lines else []
     return "\n\n".join(parts)
@@ -142,7 +142,7 @@ def _table(group: Mapping[str, Any], metric: str | None, options: Sequence[str])
 
 
 def _width(table: str) -> int:
-    return len(table.partition("\n")[0])
+    return max(map(len, table.splitlines()))
 
 
 def _cells(row: Mapping[str, Any], metric: str | None, options: Sequence[str]) -> list[str]:

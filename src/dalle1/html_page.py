@@ -36,12 +36,14 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def read_page(template: str) -> str:
-    """The source of a page of this package, with what it includes: its style is whole, and has one hash."""
+    """The source of a page of this package, with what it includes by name: its style is whole, and has one hash."""
 
     def read(name: str) -> str:
         return resources.files("dalle1").joinpath(name).read_text(encoding="utf-8")
 
-    return re.sub(r'{% include "([\w.]+)" %}\n', lambda found: read(found[1]), read(template))
+    page = re.sub(r'{% include "([\w.]+)" %}\n', lambda found: read(found[1]), read(template))
+    assert "{% include" not in page, "an include is written as above, and what it names includes nothing"
+    return page
 
 
 def embed(picture: Image.Image) -> dict[str, Any]:

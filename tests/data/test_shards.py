@@ -152,7 +152,9 @@ def test_file_that_is_no_tar_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_picture_in_the_place_of_a_shard_is_refused_with_what_to_give(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG" * 300)
-    with pytest.raises(ValueError, match=r"not a readable, uncompressed tar file .*; give its folder"):
+    with pytest.raises(
+        ValueError, match=r"not a readable, uncompressed tar file .*; that is a picture: give the folder"
+    ):
         ShardIndex(str(tmp_path / "a.png"))
 
 

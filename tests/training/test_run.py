@@ -121,9 +121,7 @@ def test_tokenizer_whose_summary_is_missing_gets_it_again(train: Train, trained:
     assert (tmp_path / "tokenizer" / "tokenizer.json").read_bytes() == before
 
 
-def test_run_does_not_end_in_a_number_that_is_none(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_does_not_end_in_nan(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dalle1.training.run.train_tokenizer", lambda *given: {"tokens_per_caption": math.nan})
     with pytest.raises(ValueError, match=r"must end in finite numbers, got NaN or infinity for tokens_per_caption"):
         train(tmp_path, "tokenizer")

@@ -219,7 +219,11 @@ def _any_members(file: BinaryIO, shard: str) -> tuple[list[_Member], list[Damage
             is_complete = file.read(tarfile.BLOCKSIZE) == _END
     except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
         if not members:
-            what_to_do = "give its folder" if shard.lower().endswith(PICTURE_EXTENSIONS) else "replace it"
+            what_to_do = (
+                "that is a picture: give the folder it is in"
+                if shard.lower().endswith(PICTURE_EXTENSIONS)
+                else "replace it"
+            )
             sentence = f"shard {shard!r} is not a readable, uncompressed tar file ({error}); {what_to_do}"
             return [], [Damage(kind="shard is no tar", message=sentence)]
         is_complete = False

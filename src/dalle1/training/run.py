@@ -388,8 +388,8 @@ def _check_finite(summary: Mapping[str, Any]) -> None:
     bad = [name for name, value in summary.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
         raise ValueError(
-            f"a run must end in finite numbers, got NaN or infinity for {', '.join(bad)}; its checkpoints are kept, "
-            "train again from the start with a lower optim.lr, under another name"
+            f"a run must end in finite numbers, got NaN or infinity for {', '.join(bad)}; if it has "
+            "checkpoints they are kept, and a lower optim.lr under another name may end well"
         )
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -62,8 +63,9 @@ class SweepRecord:
             ) from error
         return jobs
 
-    def hold(self) -> FileLock:
-        """What one command holds while it works on the sweep, until it is released or its process ends.
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """While one command works on the sweep, no other one does.
 
         Raises: ValueError if another one holds it.
         """
@@ -76,7 +78,10 @@ class SweepRecord:
                 f"one command at a time must work on a sweep, another one does in '{self.directory}'; "
                 "wait for its end, or choose another hydra.sweep.dir="
             ) from error
-        return held
+        try:
+            yield
+        finally:
+            held.release()
 
     def begin(self) -> dict[int, Job]:
         """All jobs, where nobody works on them: those that run were left without a word.

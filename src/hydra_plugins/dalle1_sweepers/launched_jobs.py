@@ -8,7 +8,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ class LaunchedJobs:
     def __init__(self, config: DictConfig, hydra_context: HydraContext, task_function: TaskFunction) -> None:
         """Jobs that `task_function` does.
 
-        Raises: HydraException for a `hydra.sweep.subdir`; ValueError if another command works on the sweep.
+        Raises: HydraException for a `hydra.sweep.subdir`.
         """
         from hydra.core.plugins import Plugins
 
@@ -66,15 +66,20 @@ class LaunchedJobs:
         self._launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
-        self._held = self._record.hold()
-        self.known: dict[int, Job] = self._record.begin()
-        OmegaConf.save(config, self.directory / "multirun.yaml")
+        self._config = config
+        self.known: dict[int, Job] = {}
 
     def __enter__(self) -> LaunchedJobs:
+        """Raises: ValueError if another command works on the sweep, or as `SweepRecord.jobs`."""
+        with ExitStack() as held:
+            held.enter_context(self._record.hold())
+            self.known = self._record.begin()
+            OmegaConf.save(self._config, self.directory / "multirun.yaml")
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._held.release()
+        self._held.close()
 
     def is_done(self, number: int) -> bool:
         """Whether a job has finished, and what it has made is still there; a line says so."""

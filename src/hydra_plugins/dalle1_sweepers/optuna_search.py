@@ -115,6 +115,12 @@ class OptunaSweeper(Sweeper):
                 f"a search must go on with the {' and '.join(changed)} that it began with, {before[changed[0]]}, got "
                 f"{identity[changed[0]]}; choose another hydra.sweep.dir="
             )
+        lost = [trial.number for trial in study.trials if trial.value is not None and trial.number not in jobs.known]
+        if lost:
+            raise ValueError(
+                f"the sweep's record must have all trials of its study, sweep.json in '{jobs.directory}' lacks "
+                f"{lost[0]}; put it back, or search in another hydra.sweep.dir"
+            )
         study.set_user_attr(_IDENTITY, identity)
         return study
 
@@ -254,20 +260,12 @@ def _running(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def write_best(study: optuna.Study, jobs: LaunchedJobs) -> None:
-    """Write the best trial's number, value and options, if any has ended well.
-
-    Raises: ValueError if the sweep has lost its record of that trial.
-    """
+    """Write the best trial's number, value and options, if any has ended well."""
     from dalle1.atomic_files import atomic
 
     if all(trial.value is None for trial in study.trials):
         return
     best = study.best_trial
-    if best.number not in jobs.known:
-        raise ValueError(
-            f"the sweep's record must have trial {best.number} of its study, '{jobs.directory}' has lost it with its "
-            "sweep.json; put that back, or search in another hydra.sweep.dir"
-        )
     content = {
         "trial": best.number,
         "metric": jobs.known[best.number].metric,
