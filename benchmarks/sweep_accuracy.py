@@ -35,6 +35,7 @@ _CHECKPOINT = Path("checkpoints") / "last.ckpt"
 _TEMPERATURE = 0.7  # as the demo's report
 
 
+@torch.no_grad()
 def measure(run_dir: Path, prompts: Sequence[str], *, clip: Path, candidates: int, seed: int) -> dict[str, Any]:
     """The accuracies of one run, and its losses.
 
@@ -84,7 +85,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/sweep_accuracy.json"))
     options = parser.parse_args()
     require_int("--candidates", options.candidates, at_least=1)
-    torch.set_grad_enabled(False)
     runs = sorted({Path(path) for pattern in options.runs for path in glob.glob(pattern) if Path(path).is_dir()})
     if not runs:
         raise FileNotFoundError(f"runs must be directories, there are none for {' '.join(options.runs)}")

@@ -88,6 +88,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "300")  # whatever the terminal of the tests is
         main()
         return capsys.readouterr().out
 
